@@ -1,0 +1,642 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The radix tree that is handed over: a set of keys, one bit each.
+//!
+//! Every node is one page. Inner nodes are tables of physical addresses, 0 where a subtree is
+//! absent; the nodes at level 0 are leaves, bitmaps of keys. With 4 KiB pages:
+//!
+//! ```text
+//!  key    52..51   50..42   41..33   32..24   23..15   14..0
+//!        +--------+--------+--------+--------+--------+--------------+
+//!        | level 5| level 4| level 3| level 2| level 1| bit in leaf  |
+//!        +--------+--------+--------+--------+--------+--------------+
+//! ```
+//!
+//! The tree is the handover format itself: at every moment another kernel may start from it. An
+//! absent subtree and one without bits mean the same.
+//!
+//! # Concurrency
+//!
+//! [`Tree::add`], [`Tree::remove`] and all readers may run at once, without a lock:
+//!
+//! - An absent subtree is built aside, key included, and published by one compare-and-swap of the
+//!   entry that lacks it. Who loses that race goes on in the winner's subtree.
+//! - All nodes an insertion may need are allocated before anything is published, so that it
+//!   happens whole or not at all.
+//! - A published node stays where it is. Only [`Tree::prune`] and [`Tree::destroy`] take nodes
+//!   away, and need to be alone in the tree. [`Gate`] is how `add` and `remove` keep out of
+//!   `prune`'s way.
+//!
+//! The format is ABI:
+//! [`include/linux/kho/abi/kexec_handover.h`](srctree/include/linux/kho/abi/kexec_handover.h).
+
+use super::kho_key::{
+    Key,
+    Order,
+    KEY_BITS, //
+};
+use super::kho_word::Word;
+use super::PAGE_SHIFT;
+use core::{
+    mem::size_of,
+    num::NonZeroU64, //
+};
+
+/// Entries of a table, as a power of two (`KHO_TABLE_SIZE_LOG2`).
+pub(crate) const TABLE_BITS: u32 = PAGE_SHIFT - size_of::<u64>().ilog2();
+
+/// Bits of a leaf, as a power of two (`KHO_BITMAP_SIZE_LOG2`).
+pub(crate) const LEAF_BITS: u32 = PAGE_SHIFT + 3;
+
+/// Levels of the tree, the leaves' included (`KHO_TREE_MAX_DEPTH`).
+pub(crate) const DEPTH: u32 = (KEY_BITS - LEAF_BITS).div_ceil(TABLE_BITS) + 1;
+
+/// The level of the root.
+const ROOT: u32 = DEPTH - 1;
+
+/// Words in a node.
+const WORDS: usize = 1 << TABLE_BITS;
+
+/// A node: a table of physical addresses, or a leaf's bitmap.
+#[repr(C)]
+pub(crate) struct Node {
+    words: [Word; WORDS],
+}
+
+impl Node {
+    /// Returns the word at `index`, which wraps around: no index is out of bounds.
+    #[inline(always)]
+    fn word(&self, index: u64) -> &Word {
+        // BOUNDS: The mask is the array's length less one.
+        &self.words[index as usize & (WORDS - 1)]
+    }
+
+    /// Returns whether no bit is set and no entry is used, looking at the words from `start` on
+    /// first, as those are the likeliest to say no.
+    fn is_empty(&self, start: u64) -> bool {
+        (0..WORDS as u64).all(|i| self.word(start.wrapping_add(i)).load() == 0)
+    }
+
+    /// Returns the runs of set bits, in ascending order.
+    pub(crate) fn runs(&self) -> Bits<'_> {
+        Bits {
+            words: self.words.iter(),
+            word: 0,
+            base: 0,
+            next: 0,
+        }
+    }
+}
+
+/// The physical address of a node, never 0.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct NodeAddr(NonZeroU64);
+
+impl NodeAddr {
+    /// Returns `phys` as a node's address, or [`None`] if it is 0, which means "absent".
+    #[inline(always)]
+    pub(crate) const fn new(phys: u64) -> Option<Self> {
+        match NonZeroU64::new(phys) {
+            Some(phys) => Some(Self(phys)),
+            None => None,
+        }
+    }
+
+    /// Returns the physical address.
+    #[inline(always)]
+    pub(crate) const fn get(self) -> u64 {
+        self.0.get()
+    }
+}
+
+/// Where nodes live.
+pub(crate) trait NodeMem {
+    /// Allocates a node of zeroes. May sleep.
+    fn alloc(&self) -> Option<NodeAddr>;
+
+    /// Takes back a node that [`NodeMem::alloc`] returned and nobody can reach any more.
+    fn free(&self, node: NodeAddr);
+
+    /// Returns the node at an address that was found in the tree.
+    ///
+    /// A tree that another kernel wrote may have any number there; its addresses are looked at
+    /// by [`Tree::visit`]'s visitor before they get here, and come here only if it lets them.
+    fn node(&self, addr: NodeAddr) -> &Node;
+}
+
+/// Keeps [`Tree::add`] and [`Tree::remove`] out of the tree while it is pruned.
+pub(crate) trait Gate {
+    /// Is held for as long as nodes are looked at; must not be held across a sleep.
+    type Pass<'a>
+    where
+        Self: 'a;
+
+    /// Enters, waiting while the tree is being pruned.
+    fn enter(&self) -> Self::Pass<'_>;
+}
+
+/// The gate of a tree that is never pruned while shared.
+pub(crate) struct Open;
+
+impl Gate for Open {
+    type Pass<'a> = ();
+
+    #[inline(always)]
+    fn enter(&self) {}
+}
+
+/// A node could not be allocated. The tree is as it was.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct NoMemory;
+
+/// What became of a key that was to be removed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Removal {
+    /// It was not in the tree.
+    Absent,
+    /// It was removed.
+    Removed,
+    /// It was removed and its leaf has no other key, so that [`Tree::prune`] would free nodes.
+    Emptied,
+}
+
+/// Nodes for one insertion, allocated before anything is published.
+struct Stock<'m, M: NodeMem> {
+    mem: &'m M,
+    nodes: [Option<NodeAddr>; ROOT as usize],
+}
+
+impl<'m, M: NodeMem> Stock<'m, M> {
+    fn new(mem: &'m M) -> Self {
+        Self {
+            mem,
+            nodes: [None; ROOT as usize],
+        }
+    }
+
+    /// Allocates until there is a node for each level below `level`.
+    #[inline(never)]
+    fn fill(&mut self, level: u32) -> Result<(), NoMemory> {
+        for slot in self.nodes.iter_mut().take(level as usize) {
+            if slot.is_none() {
+                *slot = Some(self.mem.alloc().ok_or(NoMemory)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Links the nodes below `level` into a subtree that holds `key` only, and returns its top.
+    /// [`None`] means that there are not enough of them.
+    fn link(&self, level: u32, key: Key) -> Option<NodeAddr> {
+        let mut below = None;
+        for (at, addr) in (0..level).zip(self.nodes.iter()) {
+            let node = self.mem.node((*addr)?);
+            match below {
+                None => node.word(leaf_index(key)).store(leaf_mask(key)),
+                Some(NodeAddr(child)) => node.word(table_index(key, at)).store(child.get()),
+            }
+            below = *addr;
+        }
+        below
+    }
+
+    /// Undoes [`Stock::link`] after somebody else has published that subtree.
+    fn unlink(&self, level: u32, key: Key) {
+        for (at, addr) in (0..level).zip(self.nodes.iter()) {
+            let Some(addr) = addr else { return };
+            let index = if at == 0 {
+                leaf_index(key)
+            } else {
+                table_index(key, at)
+            };
+            self.mem.node(*addr).word(index).store(0);
+        }
+    }
+
+    /// Forgets the nodes below `level`, which are in the tree now.
+    fn spend(&mut self, level: u32) {
+        self.nodes
+            .iter_mut()
+            .take(level as usize)
+            .for_each(|slot| *slot = None);
+    }
+}
+
+impl<M: NodeMem> Drop for Stock<'_, M> {
+    #[inline]
+    fn drop(&mut self) {
+        for addr in self.nodes.iter().flatten() {
+            self.mem.free(*addr);
+        }
+    }
+}
+
+/// Returns the bits of a key below those that level `level` of the tree resolves.
+#[inline(always)]
+const fn level_shift(level: u32) -> u32 {
+    // OVERFLOW: `level` is at least 1 and less than `DEPTH`, so this is less than 64.
+    LEAF_BITS.wrapping_add(level.wrapping_sub(1).wrapping_mul(TABLE_BITS))
+}
+
+/// Returns the entry for `key` in a table at `level`; bits of higher levels are cut off by
+/// [`Node::word`].
+#[inline(always)]
+const fn table_index(key: Key, level: u32) -> u64 {
+    key.get().wrapping_shr(level_shift(level))
+}
+
+/// Returns the word for `key` in its leaf.
+#[inline(always)]
+const fn leaf_index(key: Key) -> u64 {
+    key.get() / u64::BITS as u64
+}
+
+/// Returns the bit for `key` in its word.
+#[inline(always)]
+const fn leaf_mask(key: Key) -> u64 {
+    1u64.wrapping_shl(key.get() as u32)
+}
+
+/// A radix tree in memory `M`.
+pub(crate) struct Tree<M> {
+    mem: M,
+    root: NodeAddr,
+}
+
+impl<M: NodeMem> Tree<M> {
+    /// Makes an empty tree.
+    pub(crate) fn new(mem: M) -> Result<Self, NoMemory> {
+        let root = mem.alloc().ok_or(NoMemory)?;
+        Ok(Self { mem, root })
+    }
+
+    /// Returns the tree whose root is at `root`.
+    pub(crate) fn from_root(mem: M, root: NodeAddr) -> Self {
+        Self { mem, root }
+    }
+
+    /// Returns where the root is.
+    pub(crate) fn root(&self) -> NodeAddr {
+        self.root
+    }
+
+    /// Returns the leaf for `key`, or the level and entry where the way to it ends.
+    #[inline(always)]
+    fn find(&self, key: Key) -> Result<&Node, (u32, &Word)> {
+        let mut node = self.mem.node(self.root);
+        let mut level = ROOT;
+        while level > 0 {
+            let entry = node.word(table_index(key, level));
+            let Some(addr) = NodeAddr::new(entry.follow()) else {
+                return Err((level, entry));
+            };
+            node = self.mem.node(addr);
+            level = level.wrapping_sub(1);
+        }
+        Ok(node)
+    }
+
+    /// Adds `key`; returns whether it is new. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// [`NoMemory`] if a node was needed and could not be allocated; the tree is as it was then.
+    #[inline]
+    pub(crate) fn add(&self, gate: &impl Gate, key: Key) -> Result<bool, NoMemory> {
+        {
+            let _pass = gate.enter();
+            if let Ok(leaf) = self.find(key) {
+                return Ok(set(leaf, key));
+            }
+        }
+        self.grow(gate, key)
+    }
+
+    /// Adds `key` where nodes are missing.
+    #[cold]
+    #[inline(never)]
+    fn grow(&self, gate: &impl Gate, key: Key) -> Result<bool, NoMemory> {
+        let mut stock = Stock::new(&self.mem);
+        // Each turn sees a tree with fewer nodes missing or, after a prune, has more in stock.
+        loop {
+            let missing = {
+                let _pass = gate.enter();
+                match self.find(key) {
+                    Ok(leaf) => return Ok(set(leaf, key)),
+                    Err((level, entry)) => match stock.link(level, key) {
+                        None => level,
+                        Some(top) => {
+                            if entry.publish(top.get()).is_ok() {
+                                stock.spend(level);
+                                return Ok(true);
+                            }
+                            stock.unlink(level, key);
+                            continue;
+                        }
+                    },
+                }
+            };
+            // What `link` wrote before it found a node missing.
+            stock.unlink(missing, key);
+            stock.fill(missing)?;
+        }
+    }
+
+    /// Removes `key`.
+    #[inline]
+    pub(crate) fn remove(&self, gate: &impl Gate, key: Key) -> Removal {
+        let _pass = gate.enter();
+        let Ok(leaf) = self.find(key) else {
+            return Removal::Absent;
+        };
+        let (index, mask) = (leaf_index(key), leaf_mask(key));
+        let old = leaf.word(index).clear(mask);
+        if old & mask == 0 {
+            Removal::Absent
+        } else if old == mask && leaf.is_empty(index.wrapping_add(1)) {
+            Removal::Emptied
+        } else {
+            Removal::Removed
+        }
+    }
+
+    /// Returns whether `key` is in the tree.
+    pub(crate) fn contains(&self, key: Key) -> bool {
+        self.find(key)
+            .is_ok_and(|leaf| leaf.word(leaf_index(key)).load() & leaf_mask(key) != 0)
+    }
+
+    /// Returns the first leaf that may hold keys from `from` to `last`, and the first key it has
+    /// room for.
+    fn next_leaf(&self, from: Key, last: Key) -> Option<(u64, &Node)> {
+        let mut path = [None; DEPTH as usize];
+        let mut key = from.get();
+        let mut level = ROOT;
+        let mut node = self.mem.node(self.root);
+        loop {
+            let shift = level_shift(level);
+            let start = (key >> shift) & (WORDS as u64 - 1);
+            let found = (start..WORDS as u64)
+                .find_map(|i| NodeAddr::new(node.word(i).follow()).map(|addr| (i, addr)));
+            if let Some((index, addr)) = found {
+                if index != start {
+                    key = ((key >> shift) & !(WORDS as u64 - 1) | index) << shift;
+                }
+                if key > last.get() {
+                    return None;
+                }
+                let child = self.mem.node(addr);
+                if level == 1 {
+                    return Some((key & !((1 << LEAF_BITS) - 1), child));
+                }
+                if let Some(slot) = path.get_mut(level as usize) {
+                    *slot = Some(node);
+                }
+                node = child;
+                level = level.wrapping_sub(1);
+                continue;
+            }
+            // Nothing more here: on to the next entry of the nearest table above that has one.
+            loop {
+                level = level.wrapping_add(1);
+                let above = (*path.get(level as usize)?)?;
+                let shift = level_shift(level);
+                key = ((key >> shift).wrapping_add(1)) << shift;
+                node = above;
+                if (key >> shift) & (WORDS as u64 - 1) != 0 {
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Returns the runs of adjacent blocks of `order`, in ascending order.
+    pub(crate) fn runs(&self, order: Order) -> Runs<'_, M> {
+        self.runs_between(Key::bounds(order))
+    }
+
+    /// Returns the runs of adjacent keys of all leaves that have room for one of `bounds`.
+    pub(crate) fn runs_between(&self, bounds: (Key, Key)) -> Runs<'_, M> {
+        Runs {
+            tree: self,
+            next: Some(bounds.0),
+            last: bounds.1,
+            leaf: None,
+            ahead: None,
+        }
+    }
+
+    /// Shows every node to `visitor`, parents before children and in the order of their keys.
+    ///
+    /// # Errors
+    ///
+    /// The visitor's, which ends the walk.
+    pub(crate) fn visit<V: Visitor + ?Sized>(&self, visitor: &mut V) -> Result<(), V::Error> {
+        self.visit_node(visitor, self.root, ROOT, 0)
+    }
+
+    fn visit_node<V: Visitor + ?Sized>(
+        &self,
+        visitor: &mut V,
+        addr: NodeAddr,
+        level: u32,
+        first: u64,
+    ) -> Result<(), V::Error> {
+        let bits = match level {
+            0 => LEAF_BITS,
+            _ => level_shift(level).wrapping_add(TABLE_BITS),
+        };
+        let last = first | 1u64.checked_shl(bits).unwrap_or(0).wrapping_sub(1);
+        visitor.node(addr, first, last)?;
+        let node = self.mem.node(addr);
+        if level == 0 {
+            return visitor.leaf(first, node);
+        }
+        for (index, word) in (0u64..).zip(node.words.iter()) {
+            if let Some(child) = NodeAddr::new(word.follow()) {
+                let first = first | index.wrapping_shl(level_shift(level));
+                self.visit_node(visitor, child, level.wrapping_sub(1), first)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the nodes without keys out of the tree, the root excepted, and returns how many.
+    ///
+    /// Nobody else may be in the tree. In a tree of another kernel the nodes are only unlinked:
+    /// its [`NodeMem`] does not free.
+    pub(crate) fn prune(&self) -> u64 {
+        self.prune_node(self.mem.node(self.root), ROOT)
+    }
+
+    fn prune_node(&self, node: &Node, level: u32) -> u64 {
+        let mut freed = 0u64;
+        if level == 0 {
+            return freed;
+        }
+        for word in &node.words {
+            if let Some(addr) = NodeAddr::new(word.follow()) {
+                let child = self.mem.node(addr);
+                freed = freed.wrapping_add(self.prune_node(child, level.wrapping_sub(1)));
+                if child.is_empty(0) {
+                    word.store(0);
+                    self.mem.free(addr);
+                    freed = freed.wrapping_add(1);
+                }
+            }
+        }
+        freed
+    }
+
+    /// Frees every node. Nobody else may be in the tree or come to it.
+    pub(crate) fn destroy(self) {
+        self.destroy_node(self.root, ROOT);
+    }
+
+    fn destroy_node(&self, addr: NodeAddr, level: u32) {
+        if level > 0 {
+            let words = self.mem.node(addr).words.iter();
+            for child in words.filter_map(|word| NodeAddr::new(word.follow())) {
+                self.destroy_node(child, level.wrapping_sub(1));
+            }
+        }
+        self.mem.free(addr);
+    }
+}
+
+/// Sets the bit of `key`; returns whether it was clear.
+#[inline(always)]
+fn set(leaf: &Node, key: Key) -> bool {
+    let mask = leaf_mask(key);
+    leaf.word(leaf_index(key)).set(mask) & mask == 0
+}
+
+/// Sees the nodes of a tree.
+pub(crate) trait Visitor {
+    /// Stops the walk.
+    type Error;
+
+    /// A node at `addr`, which has room for the keys from `first` to `last`. It has not been
+    /// read yet, and is only if this returns [`Ok`].
+    fn node(&mut self, addr: NodeAddr, first: u64, last: u64) -> Result<(), Self::Error>;
+
+    /// A leaf whose bit 0 is the key `first`.
+    fn leaf(&mut self, first: u64, leaf: &Node) -> Result<(), Self::Error>;
+}
+
+/// Runs of set bits in a leaf, each as the first bit and the number of bits.
+pub(crate) struct Bits<'a> {
+    words: core::slice::Iter<'a, Word>,
+    /// What is left of the current word.
+    word: u64,
+    /// The bit number of the current word's bit 0.
+    base: u64,
+    /// The same for the next word.
+    next: u64,
+}
+
+impl Iterator for Bits<'_> {
+    type Item = (u64, u64);
+
+    #[inline]
+    fn next(&mut self) -> Option<(u64, u64)> {
+        while self.word == 0 {
+            self.word = self.words.next()?.load();
+            self.base = self.next;
+            self.next = self.next.wrapping_add(u64::BITS.into());
+        }
+        let skip = self.word.trailing_zeros();
+        let first = self.base.wrapping_add(skip.into());
+        let mut count = u64::from(self.word.wrapping_shr(skip).trailing_ones());
+        // Adding the lowest set bit carries through the run above it, and clears it.
+        let lowest = self.word & self.word.wrapping_neg();
+        let (rest, carried_out) = self.word.overflowing_add(lowest);
+        self.word &= rest;
+        if carried_out {
+            // The run reaches the end of the word and may go on in the next ones.
+            self.word = 0;
+            for word in self.words.by_ref() {
+                let word = word.load();
+                self.base = self.next;
+                self.next = self.next.wrapping_add(u64::BITS.into());
+                let more = word.trailing_ones();
+                count = count.wrapping_add(more.into());
+                if more < u64::BITS {
+                    self.word = word & word.wrapping_add(1);
+                    break;
+                }
+            }
+        }
+        Some((first, count))
+    }
+}
+
+/// A run of adjacent keys of one order.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Run {
+    /// The first key.
+    pub(crate) first: Key,
+    /// How many keys follow each other, at least 1.
+    pub(crate) count: u64,
+}
+
+/// Runs of adjacent keys of one order, across leaves; see [`Tree::runs`].
+pub(crate) struct Runs<'a, M> {
+    tree: &'a Tree<M>,
+    /// Where to look for the next leaf.
+    next: Option<Key>,
+    last: Key,
+    /// The rest of the current leaf, and its bit 0.
+    leaf: Option<(u64, Bits<'a>)>,
+    /// A run that was read and is not adjacent to the one returned last.
+    ahead: Option<Run>,
+}
+
+impl<M: NodeMem> Runs<'_, M> {
+    /// Reads the next run within a leaf.
+    #[inline]
+    fn piece(&mut self) -> Option<Run> {
+        loop {
+            if let Some((base, bits)) = &mut self.leaf {
+                if let Some((bit, count)) = bits.next() {
+                    let first = Key::new(*base | bit)?;
+                    return Some(Run { first, count });
+                }
+                self.leaf = None;
+            }
+            match self.tree.next_leaf(self.next?, self.last) {
+                Some((base, leaf)) => {
+                    self.next =
+                        Key::new(base.wrapping_add(1 << LEAF_BITS)).filter(|key| *key <= self.last);
+                    self.leaf = Some((base, leaf.runs()));
+                }
+                None => self.next = None,
+            }
+        }
+    }
+}
+
+impl<M: NodeMem> Iterator for Runs<'_, M> {
+    type Item = Run;
+
+    #[inline]
+    fn next(&mut self) -> Option<Run> {
+        let mut run = match self.ahead.take() {
+            Some(run) => run,
+            None => self.piece()?,
+        };
+        // Only a run that reaches its leaf's end can go on in the next one.
+        while run.first.get().wrapping_add(run.count) & ((1 << LEAF_BITS) - 1) == 0 {
+            match self.piece() {
+                Some(more) if more.first.get() == run.first.get().wrapping_add(run.count) => {
+                    run.count = run.count.wrapping_add(more.count);
+                }
+                other => {
+                    self.ahead = other;
+                    break;
+                }
+            }
+        }
+        Some(run)
+    }
+}

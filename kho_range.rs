@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Ranges of page frames, and how they are cut into blocks and put together from them.
+
+use super::kho_key::{
+    Block,
+    Order,
+    Pfn, //
+};
+use super::kho_radix::Run;
+use super::PAGE_SHIFT;
+
+/// The frame number after the last one there can be.
+const PFN_LIMIT: u64 = 1 << (u64::BITS - PAGE_SHIFT);
+
+/// A range of page frames, `start..end`.
+///
+/// # Invariants
+///
+/// `start <= end`, and `end` is at most [`PFN_LIMIT`], so that lengths in pages never overflow and
+/// lengths in bytes only do for all of the address space.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Frames {
+    start: u64,
+    end: u64,
+}
+
+impl Frames {
+    /// Returns the `count` frames from `start` on, or [`None`] if they do not exist.
+    #[inline]
+    pub(crate) fn new(start: Pfn, count: u64) -> Option<Self> {
+        let end = start.get().checked_add(count)?;
+        // INVARIANT: `end` is at least `start`, and checked.
+        (end <= PFN_LIMIT).then_some(Self {
+            start: start.get(),
+            end,
+        })
+    }
+
+    /// Returns the frames that hold any of the `size` bytes at `phys`, or [`None`] if those wrap
+    /// around the end of the address space.
+    pub(crate) fn covering(phys: u64, size: u64) -> Option<Self> {
+        let start = phys >> PAGE_SHIFT;
+        let Some(last) = size.checked_sub(1) else {
+            return Some(Self { start, end: start });
+        };
+        let last = phys.checked_add(last)?;
+        // INVARIANT: A shifted address is a frame number, and `last` is at least `phys`.
+        Some(Self {
+            start,
+            end: (last >> PAGE_SHIFT).wrapping_add(1),
+        })
+    }
+
+    /// Returns the range at exactly `phys..phys + size`, or [`None`] if that is empty, wraps
+    /// around, or is not made of whole pages.
+    pub(crate) fn exact(phys: u64, size: u64) -> Option<Self> {
+        let page = (1 << PAGE_SHIFT) - 1;
+        if size == 0 || (phys | size) & page != 0 {
+            return None;
+        }
+        Self::covering(phys, size)
+    }
+
+    /// Returns the frames of `run`, whose keys are blocks of one order; [`None`] for key 0, which
+    /// no run of an order contains.
+    #[inline]
+    pub(crate) fn of_run(run: Run) -> Option<Self> {
+        let block = run.first.block()?;
+        let pages = run.count.checked_mul(block.order().pages())?;
+        Self::new(block.pfn(), pages)
+    }
+
+    /// Returns the frames of `block`.
+    #[inline]
+    pub(crate) fn of_block(block: Block) -> Self {
+        // INVARIANT: By `Block`'s invariant it ends within the address space.
+        Self {
+            start: block.pfn().get(),
+            end: block.pfn().get().wrapping_add(block.order().pages()),
+        }
+    }
+
+    /// Returns the first frame's number.
+    #[inline]
+    pub(crate) const fn start(self) -> u64 {
+        self.start
+    }
+
+    /// Returns the number of the frame after the last one.
+    #[inline]
+    pub(crate) const fn end(self) -> u64 {
+        self.end
+    }
+
+    /// Returns the number of frames.
+    #[inline]
+    pub(crate) const fn count(self) -> u64 {
+        // OVERFLOW: By the type invariant.
+        self.end.wrapping_sub(self.start)
+    }
+
+    /// Returns the physical address of the first frame.
+    #[inline]
+    pub(crate) const fn phys(self) -> u64 {
+        self.start << PAGE_SHIFT
+    }
+
+    /// Returns the size in bytes; all of the address space has none that fits, and gives 0.
+    #[inline]
+    pub(crate) const fn bytes(self) -> u64 {
+        self.count() << PAGE_SHIFT
+    }
+
+    /// Returns the first `count` frames of the range, or all of it if it has fewer.
+    #[inline]
+    pub(crate) fn head(self, count: u64) -> Self {
+        // INVARIANT: The new end is between the old ones.
+        Self {
+            start: self.start,
+            end: self.start.saturating_add(count).min(self.end),
+        }
+    }
+
+    /// Returns whether the two ranges share a frame.
+    #[inline]
+    pub(crate) const fn overlaps(self, other: Self) -> bool {
+        self.start < other.end && other.start < self.end
+    }
+
+    /// Returns the range from the start of one to the end of the other, if they touch or overlap.
+    #[inline]
+    pub(crate) fn join(self, other: Self) -> Option<Self> {
+        // INVARIANT: Both ends are from valid ranges, and the smaller start is taken.
+        (self.start <= other.end && other.start <= self.end).then_some(Self {
+            start: self.start.min(other.start),
+            end: self.end.max(other.end),
+        })
+    }
+
+    /// Cuts the range into the blocks by which `kho_preserve_pages()` names it: each as large as
+    /// its alignment and what is left allow.
+    ///
+    /// No block spans two NUMA nodes, because its struct pages are initialised for one: `one_node`
+    /// says of two frame numbers, the first and the last of a block, whether they are on the same.
+    /// Which blocks come out is not ABI; the same `one_node` gives the same blocks.
+    pub(crate) fn blocks<F: Fn(u64, u64) -> bool>(self, one_node: F) -> Blocks<F> {
+        Blocks {
+            rest: self,
+            one_node,
+        }
+    }
+}
+
+/// The blocks of a range; see [`Frames::blocks`].
+pub(crate) struct Blocks<F> {
+    rest: Frames,
+    one_node: F,
+}
+
+impl<F> Blocks<F> {
+    /// Returns what has not been cut into blocks yet.
+    pub(crate) fn rest(&self) -> Frames {
+        self.rest
+    }
+}
+
+impl<F: Fn(u64, u64) -> bool> Iterator for Blocks<F> {
+    type Item = Block;
+
+    #[inline]
+    fn next(&mut self) -> Option<Block> {
+        let Frames { start, end } = self.rest;
+        // Frame 0 is aligned to anything.
+        let aligned = start.trailing_zeros();
+        let mut order = self.rest.count().checked_ilog2()?.min(aligned);
+        // OVERFLOW: The block ends within the range.
+        while order > 0 && !(self.one_node)(start, start.wrapping_add((1 << order) - 1)) {
+            order = order.wrapping_sub(1);
+        }
+        let block = Block::new(Pfn::new(start)?, Order::new(order)?)?;
+        // INVARIANT: The block is no longer than the range.
+        self.rest = Frames {
+            start: start.wrapping_add(block.order().pages()),
+            end,
+        };
+        Some(block)
+    }
+}
