@@ -1,0 +1,600 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Kexec handover (KHO): memory that survives a kexec.
+//!
+//! This is the crate's root: its rooms, and what C calls. The entry points convert and call; what
+//! is done is in the rooms.
+//!
+//! ```text
+//!  pure       kho_key kho_word kho_radix kho_range   keys, the tree, ranges
+//!             kho_takeover kho_fdt kho_param         rules for what another kernel or a user says
+//!  policy     kho_pages kho_vmalloc                  preserve and restore memory
+//!             kho_kexec kho_state                    images; what is handed over, in and out
+//!  ring       kho_sys kho_memblock                   memory, libfdt; early boot
+//!  C          kho_glue.h kho_glue.c                  exports, initcalls, inline functions
+//! ```
+//!
+//! The pure rooms use nothing but `core`, and are tested on the host, too.
+//!
+//! C headers: [`include/linux/kexec_handover.h`](srctree/include/linux/kexec_handover.h),
+//! [`include/linux/kho_radix_tree.h`](srctree/include/linux/kho_radix_tree.h),
+//! [`kernel/kexec_internal.h`](srctree/kernel/kexec_internal.h).
+//!
+//! Reference: <https://docs.kernel.org/core-api/kho/index.html>
+
+use core::ptr;
+use kernel::{
+    bindings,
+    prelude::*,
+    warn_on, //
+};
+
+mod kho_fdt;
+mod kho_kexec;
+mod kho_key;
+mod kho_memblock;
+mod kho_pages;
+mod kho_param;
+mod kho_radix;
+mod kho_range;
+mod kho_state;
+mod kho_sys;
+mod kho_takeover;
+mod kho_vmalloc;
+mod kho_word;
+#[cfg(CONFIG_KEXEC_HANDOVER_RUST_KUNIT_TEST)]
+#[path = "kunit/mod.rs"]
+mod kunit;
+
+use kho_key::Key;
+use kho_radix::{
+    Node,
+    NodeAddr,
+    Open,
+    Removal,
+    Tree,
+    Visitor, //
+};
+use kho_range::Frames;
+use kho_sys::Direct;
+
+const __LOG_PREFIX: &[u8] = b"KHO\0";
+
+/// The page size, as a power of two.
+const PAGE_SHIFT: u32 = bindings::PAGE_SHIFT as u32;
+
+// The ABI's constants and layouts, against ours.
+const _: () = {
+    use core::mem::{
+        offset_of,
+        size_of, //
+    };
+    assert!(kho_key::KEY_BITS == bindings::kho_radix_consts_KHO_RADIX_KEY_WIDTH);
+    assert!(kho_radix::TABLE_BITS == bindings::kho_radix_consts_KHO_TABLE_SIZE_LOG2);
+    assert!(kho_radix::LEAF_BITS == bindings::kho_radix_consts_KHO_BITMAP_SIZE_LOG2);
+    assert!(kho_radix::DEPTH == bindings::kho_radix_consts_KHO_TREE_MAX_DEPTH);
+    assert!(size_of::<Node>() == size_of::<bindings::kho_radix_node>());
+    assert!(size_of::<Node>() == size_of::<bindings::kho_radix_leaf>());
+    assert!(size_of::<Node>() == bindings::PAGE_SIZE);
+    assert!(size_of::<bindings::kho_scratch>() == 16);
+    assert!(size_of::<bindings::kho_vmalloc_chunk>() == bindings::PAGE_SIZE);
+    assert!(offset_of!(bindings::kho_vmalloc_chunk, phys) == 8);
+    assert!(size_of::<bindings::kho_vmalloc>() == 16);
+    assert!(offset_of!(bindings::kho_vmalloc, total_pages) == 8);
+    assert!(offset_of!(bindings::kho_vmalloc, flags) == 12);
+    assert!(offset_of!(bindings::kho_vmalloc, order) == 14);
+    assert!(size_of::<bindings::kho_kexec_metadata>() == 4 + 65 + 4);
+    assert!(bindings::KHO_KEXEC_METADATA_VERSION == 1);
+    assert!(matches!(bindings::KHO_FDT_COMPATIBLE, b"kho-v4\0"));
+    // Physical addresses and C's `unsigned long` are 64 bits wide wherever there is KHO.
+    assert!(size_of::<usize>() == 8);
+};
+
+/// Turns a result into an `int` for C.
+#[inline]
+fn errno(result: Result) -> c_int {
+    match result {
+        Ok(()) => 0,
+        Err(error) => error.to_errno(),
+    }
+}
+
+// Whether, and with what.
+
+#[export]
+#[expect(
+    clippy::missing_safety_doc,
+    reason = "always safe to call; unsafe for `#[export]`"
+)]
+unsafe extern "C" fn kho_is_enabled() -> bool {
+    kho_state::is_enabled()
+}
+
+#[export]
+#[expect(
+    clippy::missing_safety_doc,
+    reason = "always safe to call; unsafe for `#[export]`"
+)]
+unsafe extern "C" fn is_kho_boot() -> bool {
+    kho_state::handover().is_some()
+}
+
+#[export]
+#[expect(
+    clippy::missing_safety_doc,
+    reason = "always safe to call; unsafe for `#[export]`"
+)]
+unsafe extern "C" fn kho_scratch_overlap(phys: u64, size: usize) -> bool {
+    kho_sys::in_scratch(phys, size as u64)
+}
+
+// Preserving.
+
+/// # Safety
+///
+/// `folio` must point to a folio that the caller keeps as it is until it is unpreserved.
+#[export]
+unsafe extern "C" fn kho_preserve_folio(folio: *mut bindings::folio) -> c_int {
+    // SAFETY: By the caller's contract.
+    let block = unsafe { kho_sys::folio_block(folio) };
+    errno(block.ok_or(EINVAL).and_then(kho_pages::preserve))
+}
+
+/// # Safety
+///
+/// `folio` must point to the folio, as it was when it was preserved.
+#[export]
+unsafe extern "C" fn kho_unpreserve_folio(folio: *mut bindings::folio) {
+    // SAFETY: By the caller's contract.
+    if let Some(block) = unsafe { kho_sys::folio_block(folio) } {
+        kho_pages::unpreserve(block);
+    }
+}
+
+/// # Safety
+///
+/// `page` must point to the first of `nr_pages` pages.
+#[export]
+unsafe extern "C" fn kho_preserve_pages(page: *mut bindings::page, nr_pages: usize) -> c_int {
+    // SAFETY: By the caller's contract.
+    let frames = unsafe { kho_sys::page_frames(page, nr_pages) };
+    errno(frames.ok_or(EINVAL).and_then(kho_pages::preserve_frames))
+}
+
+/// # Safety
+///
+/// As [`kho_preserve_pages`], with the same arguments.
+#[export]
+unsafe extern "C" fn kho_unpreserve_pages(page: *mut bindings::page, nr_pages: usize) {
+    // SAFETY: By the caller's contract.
+    if let Some(frames) = unsafe { kho_sys::page_frames(page, nr_pages) } {
+        kho_pages::unpreserve_frames(frames);
+    }
+}
+
+/// Preserves `size` bytes of RAM at `phys`, as `kho_preserve_pages()` does the pages there: they
+/// are restored with `kho_restore_pages()`, or given up with `kho_unpreserve_pages()`.
+///
+/// Returns 0; `-EINVAL` unless both are multiples of `PAGE_SIZE` and `size` is not 0, or if part of
+/// it is no RAM that is online; else as `kho_preserve_pages()`.
+#[export]
+#[expect(
+    clippy::missing_safety_doc,
+    reason = "always safe to call; unsafe for `#[export]`"
+)]
+unsafe extern "C" fn kho_preserve_phys(phys: u64, size: usize) -> c_int {
+    errno(kho_pages::preserve_phys(phys, size))
+}
+
+/// # Safety
+///
+/// `preservation` must be writable.
+#[export]
+unsafe extern "C" fn kho_preserve_vmalloc(
+    ptr: *mut c_void,
+    preservation: *mut bindings::kho_vmalloc,
+) -> c_int {
+    errno(kho_vmalloc::preserve(ptr).map(|result| {
+        // SAFETY: By the caller's contract.
+        unsafe { preservation.write(result) };
+    }))
+}
+
+/// # Safety
+///
+/// `preservation` must be what `kho_preserve_vmalloc()` wrote, and not be used after this.
+#[export]
+unsafe extern "C" fn kho_unpreserve_vmalloc(preservation: *mut bindings::kho_vmalloc) {
+    // SAFETY: By the caller's contract.
+    unsafe { kho_vmalloc::unpreserve(&*preservation) };
+}
+
+#[export]
+#[expect(
+    clippy::missing_safety_doc,
+    reason = "always safe to call; unsafe for `#[export]`"
+)]
+unsafe extern "C" fn kho_alloc_preserve(size: usize) -> *mut c_void {
+    match kho_pages::alloc_preserve(size) {
+        Ok(mem) => mem,
+        Err(error) => error.to_ptr(),
+    }
+}
+
+/// Undoes `kho_alloc_preserve()` and frees the memory.
+///
+/// # Safety
+///
+/// `mem` must be null or come from `kho_alloc_preserve()`, and not be used after this.
+unsafe fn unpreserve_free(mem: *mut c_void) {
+    if mem.is_null() {
+        return;
+    }
+    // SAFETY: By the caller's contract `mem` is a folio that is preserved and has no other user.
+    unsafe {
+        let folio = bindings::kho_glue_virt_to_folio(mem);
+        kho_unpreserve_folio(folio);
+        bindings::kho_glue_folio_put(folio);
+    }
+}
+
+/// # Safety
+///
+/// As [`unpreserve_free`].
+#[export]
+unsafe extern "C" fn kho_unpreserve_free(mem: *mut c_void) {
+    // SAFETY: By the caller's contract.
+    unsafe { unpreserve_free(mem) };
+}
+
+// Restoring.
+
+#[export]
+#[expect(
+    clippy::missing_safety_doc,
+    reason = "always safe to call; unsafe for `#[export]`"
+)]
+unsafe extern "C" fn kho_restore_folio(phys: u64) -> *mut bindings::folio {
+    kho_pages::restore_folio(phys).unwrap_or(ptr::null_mut())
+}
+
+#[export]
+#[expect(
+    clippy::missing_safety_doc,
+    reason = "always safe to call; unsafe for `#[export]`"
+)]
+unsafe extern "C" fn kho_restore_pages(phys: u64, nr_pages: usize) -> *mut bindings::page {
+    kho_key::Pfn::from_phys(phys)
+        .and_then(|pfn| Frames::new(pfn, nr_pages as u64))
+        .and_then(kho_pages::restore_frames)
+        .map_or(ptr::null_mut(), kho_sys::Page::as_ptr)
+}
+
+/// # Safety
+///
+/// `preservation` must be readable.
+#[export]
+unsafe extern "C" fn kho_restore_vmalloc(
+    preservation: *const bindings::kho_vmalloc,
+) -> *mut c_void {
+    // SAFETY: By the caller's contract.
+    kho_vmalloc::restore(unsafe { &*preservation }).unwrap_or(ptr::null_mut())
+}
+
+/// # Safety
+///
+/// `mem` must be null or an address in the direct map.
+#[export]
+unsafe extern "C" fn kho_restore_free(mem: *mut c_void) {
+    if mem.is_null() {
+        return;
+    }
+    match kho_pages::restore_folio(kho_sys::phys(mem)) {
+        // SAFETY: The folio was just made, with one reference.
+        Some(folio) => unsafe { bindings::kho_glue_folio_put(folio) },
+        None => {
+            warn_on!(true);
+        }
+    }
+}
+
+// Subtrees.
+
+/// # Safety
+///
+/// `name` must be a string that ends with a NUL, `blob` memory in the direct map.
+#[export]
+unsafe extern "C" fn kho_add_subtree(name: *const c_char, blob: *mut c_void, size: usize) -> c_int {
+    // SAFETY: By the caller's contract.
+    errno(unsafe { kho_state::add_subtree(name, blob, size) })
+}
+
+#[export]
+#[expect(
+    clippy::missing_safety_doc,
+    reason = "always safe to call; unsafe for `#[export]`"
+)]
+unsafe extern "C" fn kho_remove_subtree(blob: *mut c_void) {
+    kho_state::remove_subtree(blob);
+}
+
+/// # Safety
+///
+/// `name` must be a string that ends with a NUL; `phys` and `size` must be null or writable.
+#[export]
+unsafe extern "C" fn kho_retrieve_subtree(
+    name: *const c_char,
+    phys: *mut u64,
+    size: *mut usize,
+) -> c_int {
+    // SAFETY: By the caller's contract.
+    let blob = unsafe { kho_state::subtree(name) };
+    errno(blob.and_then(|blob| {
+        if phys.is_null() {
+            return Err(EINVAL);
+        }
+        // SAFETY: By the caller's contract.
+        unsafe {
+            phys.write(blob.phys);
+            if !size.is_null() {
+                size.write(blob.size as usize);
+            }
+        }
+        Ok(())
+    }))
+}
+
+// Booting.
+
+#[export]
+#[link_section = ".init.text"]
+#[expect(
+    clippy::missing_safety_doc,
+    reason = "called once, from `setup_arch()`"
+)]
+unsafe extern "C" fn kho_populate(
+    fdt_phys: u64,
+    fdt_len: u64,
+    scratch_phys: u64,
+    scratch_len: u64,
+) {
+    kho_memblock::populate(fdt_phys, fdt_len, scratch_phys, scratch_len);
+}
+
+#[export]
+#[link_section = ".init.text"]
+#[expect(
+    clippy::missing_safety_doc,
+    reason = "called once, from `mm_core_init_early()`"
+)]
+unsafe extern "C" fn kho_memory_init_early() {
+    kho_memblock::init_early();
+}
+
+#[export]
+#[link_section = ".init.text"]
+#[expect(
+    clippy::missing_safety_doc,
+    reason = "called once, from `mm_core_init()`"
+)]
+unsafe extern "C" fn kho_memory_init() {
+    kho_memblock::init();
+}
+
+/// # Safety
+///
+/// `arg` must be null or a string that ends with a NUL.
+#[export]
+#[link_section = ".init.text"]
+unsafe extern "C" fn kho_rs_parse_enable(arg: *mut c_char) -> c_int {
+    let mut on = false;
+    // SAFETY: By the caller's contract; null gives an error.
+    let error = unsafe { bindings::kstrtobool(arg, &mut on) };
+    if error == 0 {
+        kho_state::set_enabled(on);
+    }
+    error
+}
+
+/// # Safety
+///
+/// `arg` must be null or a string that ends with a NUL.
+#[export]
+#[link_section = ".init.text"]
+unsafe extern "C" fn kho_rs_parse_scratch(arg: *mut c_char) -> c_int {
+    // SAFETY: By the caller's contract.
+    unsafe { kho_memblock::parse_scratch(arg) };
+    // What is wrong has been said.
+    0
+}
+
+#[export]
+#[link_section = ".init.text"]
+#[expect(clippy::missing_safety_doc, reason = "called once, as an initcall")]
+unsafe extern "C" fn kho_rs_init() -> c_int {
+    errno(kho_state::init())
+}
+
+#[export]
+#[expect(
+    clippy::missing_safety_doc,
+    reason = "always safe to call; unsafe for `#[export]`"
+)]
+unsafe extern "C" fn kho_rs_prune() {
+    kho_state::prune();
+}
+
+// Loading the next kernel.
+
+/// # Safety
+///
+/// `image` must point to an image that is being loaded.
+#[export]
+unsafe extern "C" fn kho_fill_kimage(image: *mut bindings::kimage) -> c_int {
+    // SAFETY: By the caller's contract.
+    errno(unsafe { kho_kexec::fill_image(image) })
+}
+
+/// Returns 1 if the segment may lie anywhere.
+///
+/// # Safety
+///
+/// `kbuf` must point to a buffer of an image that is being loaded, which `func` knows.
+#[export]
+unsafe extern "C" fn kho_locate_mem_hole(
+    kbuf: *mut bindings::kexec_buf,
+    func: Option<unsafe extern "C" fn(*mut bindings::resource, *mut c_void) -> c_int>,
+) -> c_int {
+    let Some(func) = func else {
+        return EINVAL.to_errno();
+    };
+    // SAFETY: By the caller's contract.
+    match unsafe { kho_kexec::locate_hole(kbuf, func) } {
+        None => 1,
+        Some(result) => errno(result),
+    }
+}
+
+// Radix trees of other users.
+
+/// Returns the tree that `tree` describes, if it has been initialised.
+///
+/// # Safety
+///
+/// `tree` must point to a tree that `kho_radix_init_tree()` was called for; its root is null or
+/// that of a sound tree, which is not destroyed during the call.
+unsafe fn radix(tree: *const bindings::kho_radix_tree) -> Option<Tree<Direct>> {
+    // SAFETY: By the caller's contract.
+    let root = unsafe { (*tree).root };
+    if warn_on!(root.is_null()) {
+        return None;
+    }
+    let root = NodeAddr::new(kho_sys::phys(root))?;
+    // SAFETY: By the caller's contract it is sound.
+    Some(Tree::from_root(unsafe { Direct::new() }, root))
+}
+
+/// # Safety
+///
+/// As [`radix`].
+#[export]
+unsafe extern "C" fn kho_radix_add_key(tree: *mut bindings::kho_radix_tree, key: usize) -> c_int {
+    // SAFETY: By the caller's contract.
+    let Some(tree) = (unsafe { radix(tree) }) else {
+        return EINVAL.to_errno();
+    };
+    errno(Key::new(key as u64).ok_or(ERANGE).and_then(|key| {
+        tree.add(&Open, key).map_err(|_| ENOMEM)?;
+        Ok(())
+    }))
+}
+
+/// # Safety
+///
+/// As [`radix`].
+#[export]
+unsafe extern "C" fn kho_radix_del_key(tree: *mut bindings::kho_radix_tree, key: usize) {
+    // SAFETY: By the caller's contract.
+    if let (Some(tree), Some(key)) = (unsafe { radix(tree) }, Key::new(key as u64)) {
+        warn_on!(tree.remove(&Open, key) == Removal::Absent);
+    }
+}
+
+/// Initialises `tree` with the root node `root`, or with a new one if that is null.
+///
+/// # Safety
+///
+/// `tree` must be writable; `root` must be null or the root of a sound tree.
+#[export]
+unsafe extern "C" fn kho_radix_init_tree(
+    tree: *mut bindings::kho_radix_tree,
+    root: *mut bindings::kho_radix_node,
+) -> c_int {
+    let mut root = root;
+    if root.is_null() {
+        // SAFETY: The tree is made here.
+        let Ok(new) = Tree::new(unsafe { Direct::new() }) else {
+            return ENOMEM.to_errno();
+        };
+        root = kho_sys::virt(new.root().get());
+    }
+    // SAFETY: By the caller's contract. The mutex is there for the caller: the tree needs none.
+    unsafe {
+        bindings::kho_glue_mutex_init(&raw mut (*tree).lock);
+        (*tree).root = root;
+    }
+    0
+}
+
+/// # Safety
+///
+/// As [`radix`]; nobody may be using the tree.
+#[export]
+unsafe extern "C" fn kho_radix_destroy_tree(tree: *mut bindings::kho_radix_tree) {
+    // SAFETY: By the caller's contract.
+    unsafe {
+        if !(*tree).root.is_null() {
+            if let Some(nodes) = radix(tree) {
+                nodes.destroy();
+            }
+            (*tree).root = ptr::null_mut();
+        }
+    }
+}
+
+/// # Safety
+///
+/// As [`radix`]; the callbacks must be safe to call with what they are documented to get and
+/// `data`.
+#[export]
+unsafe extern "C" fn kho_radix_walk_tree(
+    tree: *mut bindings::kho_radix_tree,
+    cb: *const bindings::kho_radix_walk_cb,
+    data: *mut c_void,
+) -> c_int {
+    // SAFETY: By the caller's contract.
+    let Some(tree) = (unsafe { radix(tree) }) else {
+        return EINVAL.to_errno();
+    };
+    // SAFETY: By the caller's contract.
+    let mut walk = unsafe { CWalk { cb: &*cb, data } };
+    tree.visit(&mut walk).err().unwrap_or(0)
+}
+
+/// Callbacks in C, and what they are given.
+struct CWalk<'a> {
+    cb: &'a bindings::kho_radix_walk_cb,
+    data: *mut c_void,
+}
+
+impl Visitor for CWalk<'_> {
+    type Error = c_int;
+
+    fn node(&mut self, addr: NodeAddr, _first: u64, _last: u64) -> Result<(), c_int> {
+        // SAFETY: By the contract of `kho_radix_walk_tree()`.
+        match self
+            .cb
+            .node
+            .map(|node| unsafe { node(addr.get(), self.data) })
+        {
+            None | Some(0) => Ok(()),
+            Some(stop) => Err(stop),
+        }
+    }
+
+    fn leaf(&mut self, first: u64, leaf: &Node) -> Result<(), c_int> {
+        let Some(callback) = self.cb.leaf else {
+            return Ok(());
+        };
+        for (bit, count) in leaf.runs() {
+            for key in (0..count).map(|i| first | bit.wrapping_add(i)) {
+                // SAFETY: By the contract of `kho_radix_walk_tree()`.
+                match unsafe { callback(key as usize, self.data) } {
+                    0 => {}
+                    stop => return Err(stop),
+                }
+            }
+        }
+        Ok(())
+    }
+}

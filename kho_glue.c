@@ -1,0 +1,308 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * The part of kexec handover that only C can express: exports, parameters and
+ * initcalls, statics with lock initialisers, and inline functions of <linux/mm.h>
+ * and friends under a name that Rust can call.  No decision is taken here.
+ */
+
+#define pr_fmt(fmt) "KHO: " fmt
+
+#include <linux/cma.h>
+#include <linux/crash_dump.h>
+#include <linux/export.h>
+#include <linux/init.h>
+#include <linux/kasan.h>
+#include <linux/kmemleak.h>
+#include <linux/memory_hotplug.h>
+#include <linux/page-isolation.h>
+#include <linux/workqueue.h>
+
+#include "kho_glue.h"
+
+static_assert(KHO_SCRATCH_ALIGN >= CMA_MIN_ALIGNMENT_BYTES);
+
+/* Shared with kexec_handover_debugfs.c. */
+struct kho_scratch *kho_scratch;
+unsigned int kho_scratch_cnt;
+
+early_param("kho", kho_rs_parse_enable);
+early_param("kho_scratch", kho_rs_parse_scratch);
+fs_initcall(kho_rs_init);
+
+EXPORT_SYMBOL_GPL(is_kho_boot);
+EXPORT_SYMBOL_GPL(kho_add_subtree);
+EXPORT_SYMBOL_GPL(kho_alloc_preserve);
+EXPORT_SYMBOL_GPL(kho_is_enabled);
+EXPORT_SYMBOL_GPL(kho_preserve_folio);
+EXPORT_SYMBOL_GPL(kho_preserve_pages);
+EXPORT_SYMBOL_GPL(kho_preserve_phys);
+EXPORT_SYMBOL_GPL(kho_preserve_vmalloc);
+EXPORT_SYMBOL_GPL(kho_radix_add_key);
+EXPORT_SYMBOL_GPL(kho_radix_del_key);
+EXPORT_SYMBOL_GPL(kho_radix_destroy_tree);
+EXPORT_SYMBOL_GPL(kho_radix_init_tree);
+EXPORT_SYMBOL_GPL(kho_radix_walk_tree);
+EXPORT_SYMBOL_GPL(kho_remove_subtree);
+EXPORT_SYMBOL_GPL(kho_restore_folio);
+EXPORT_SYMBOL_GPL(kho_restore_free);
+EXPORT_SYMBOL_GPL(kho_restore_pages);
+EXPORT_SYMBOL_GPL(kho_restore_vmalloc);
+EXPORT_SYMBOL_GPL(kho_retrieve_subtree);
+EXPORT_SYMBOL_GPL(kho_unpreserve_folio);
+EXPORT_SYMBOL_GPL(kho_unpreserve_free);
+EXPORT_SYMBOL_GPL(kho_unpreserve_pages);
+EXPORT_SYMBOL_GPL(kho_unpreserve_vmalloc);
+
+/* struct pages */
+
+struct page *kho_glue_pfn_to_page(unsigned long pfn)
+{
+	return pfn_to_page(pfn);
+}
+
+struct page *kho_glue_pfn_to_online_page(unsigned long pfn)
+{
+	return pfn_to_online_page(pfn);
+}
+
+unsigned long kho_glue_page_to_pfn(const struct page *page)
+{
+	return page_to_pfn(page);
+}
+
+int kho_glue_pfn_to_nid(unsigned long pfn)
+{
+	return pfn_to_nid(pfn);
+}
+
+int __init kho_glue_early_pfn_to_nid(unsigned long pfn)
+{
+	return early_pfn_to_nid(pfn);
+}
+
+unsigned long *kho_glue_page_private(struct page *page)
+{
+	return &page->private;
+}
+
+/* The code tags are cleared because the pages were allocated by nobody here. */
+void kho_glue_init_pages(struct page *page, unsigned long nr_pages)
+{
+	for (unsigned long i = 0; i < nr_pages; i++) {
+		set_page_count(page + i, 1);
+		clear_page_tag_ref(page + i);
+	}
+	adjust_managed_page_count(page, nr_pages);
+}
+
+void kho_glue_init_folio(struct page *page, unsigned int order)
+{
+	unsigned long nr_pages = 1UL << order;
+
+	set_page_count(page, 1);
+	clear_page_tag_ref(page);
+	for (unsigned long i = 1; i < nr_pages; i++)
+		set_page_count(page + i, 0);
+	if (order)
+		prep_compound_page(page, order);
+	adjust_managed_page_count(page, nr_pages);
+}
+
+void __init kho_glue_init_cma(unsigned long pfn, unsigned long nr_pages)
+{
+	for (unsigned long i = 0; i < nr_pages; i += pageblock_nr_pages)
+		init_cma_reserved_pageblock(pfn_to_page(pfn + i));
+}
+
+/* folios */
+
+struct kho_glue_folio kho_glue_folio(struct folio *folio)
+{
+	return (struct kho_glue_folio) {
+		.pfn = folio_pfn(folio),
+		.order = folio_order(folio),
+	};
+}
+
+struct folio *kho_glue_page_folio(struct page *page)
+{
+	return page_folio(page);
+}
+
+struct folio *kho_glue_folio_alloc(unsigned int order)
+{
+	return folio_alloc(GFP_KERNEL | __GFP_ZERO, order);
+}
+
+void *kho_glue_folio_address(struct folio *folio)
+{
+	return folio_address(folio);
+}
+
+void kho_glue_folio_put(struct folio *folio)
+{
+	folio_put(folio);
+}
+
+struct folio *kho_glue_virt_to_folio(const void *mem)
+{
+	return virt_to_folio(mem);
+}
+
+/* addresses */
+
+unsigned long kho_glue_direct_map(void)
+{
+	phys_addr_t phys = memblock_start_of_DRAM();
+
+	return (unsigned long)phys_to_virt(phys) - phys;
+}
+
+void *kho_glue_phys_to_virt(phys_addr_t phys)
+{
+	return phys_to_virt(phys);
+}
+
+phys_addr_t kho_glue_virt_to_phys(void *virt)
+{
+	return virt_to_phys(virt);
+}
+
+/* vmalloc */
+
+struct page **kho_glue_alloc_pages_array(unsigned long nr_pages)
+{
+	return kvmalloc_array(nr_pages, sizeof(struct page *), GFP_KERNEL);
+}
+
+struct vm_struct *kho_glue_vmap(struct page **pages, unsigned long nr_pages,
+				unsigned int order, unsigned long vm_flags)
+{
+	unsigned int shift = PAGE_SHIFT + order;
+	struct vm_struct *area;
+	unsigned long addr;
+
+	area = __get_vm_area_node(nr_pages * PAGE_SIZE, 1UL << shift, shift,
+				  vm_flags | VM_UNINITIALIZED,
+				  VMALLOC_START, VMALLOC_END, NUMA_NO_NODE,
+				  GFP_KERNEL, __builtin_return_address(0));
+	if (!area)
+		return NULL;
+
+	addr = (unsigned long)area->addr;
+	if (vmap_pages_range(addr, addr + get_vm_area_size(area), PAGE_KERNEL,
+			     pages, shift)) {
+		free_vm_area(area);
+		return NULL;
+	}
+	return area;
+}
+
+void *kho_glue_vmap_done(struct vm_struct *area, struct page **pages,
+			 unsigned long nr_pages, bool vm_alloc)
+{
+	kasan_vmalloc_flags_t flags = KASAN_VMALLOC_PROT_NORMAL;
+
+	if (vm_alloc)
+		flags |= KASAN_VMALLOC_VM_ALLOC;
+
+	area->nr_pages = nr_pages;
+	area->pages = pages;
+	area->addr = kasan_unpoison_vmalloc(area->addr, nr_pages * PAGE_SIZE, flags);
+	clear_vm_uninitialized_flag(area);
+	return area->addr;
+}
+
+/* locks, time, environment */
+
+static DEFINE_MUTEX(kho_fdt_mutex);
+static DEFINE_MUTEX(kho_prune_mutex);
+
+void kho_glue_mutex_init(struct mutex *lock)
+{
+	mutex_init(lock);
+}
+
+void kho_glue_lock_fdt(void)
+{
+	mutex_lock(&kho_fdt_mutex);
+}
+
+void kho_glue_unlock_fdt(void)
+{
+	mutex_unlock(&kho_fdt_mutex);
+}
+
+void kho_glue_lock_prune(void)
+{
+	mutex_lock(&kho_prune_mutex);
+}
+
+void kho_glue_unlock_prune(void)
+{
+	mutex_unlock(&kho_prune_mutex);
+}
+
+static void kho_prune(struct work_struct *work)
+{
+	kho_rs_prune();
+}
+
+static DECLARE_DELAYED_WORK(kho_prune_work, kho_prune);
+
+void kho_glue_schedule_prune(void)
+{
+	schedule_delayed_work(&kho_prune_work, HZ);
+}
+
+phys_addr_t kho_glue_low_limit(void)
+{
+	return ARCH_LOW_ADDRESS_LIMIT;
+}
+
+int kho_glue_next_memory_node(int nid)
+{
+	nid = next_node(nid, node_states[N_MEMORY]);
+	return nid < MAX_NUMNODES ? nid : NUMA_NO_NODE;
+}
+
+bool kho_glue_is_kdump_kernel(void)
+{
+	return is_kdump_kernel();
+}
+
+void __init kho_glue_kmemleak_ignore(phys_addr_t phys)
+{
+	kmemleak_ignore_phys(phys);
+}
+
+const char *kho_glue_release(void)
+{
+	return init_uts_ns.name.release;
+}
+
+/* debugfs */
+
+static struct kho_debugfs kho_in_dbg, kho_out_dbg;
+
+int __init kho_glue_debugfs_init(void)
+{
+	int err = kho_debugfs_init();
+
+	return err ?: kho_out_debugfs_init(&kho_out_dbg);
+}
+
+void __init kho_glue_debugfs_in(const void *fdt)
+{
+	kho_in_debugfs_init(&kho_in_dbg, fdt);
+}
+
+int kho_glue_debugfs_add(const char *name, const void *blob, size_t size, bool root)
+{
+	return kho_debugfs_blob_add(&kho_out_dbg, name, blob, size, root);
+}
+
+void kho_glue_debugfs_remove(void *blob)
+{
+	kho_debugfs_blob_remove(&kho_out_dbg, blob);
+}

@@ -1,0 +1,107 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * What the Rust implementation of kexec handover shares with C.  bindgen reads
+ * this file through rust/bindings/bindings_helper.h; nothing outside this
+ * directory may include it.
+ */
+#ifndef KHO_GLUE_H
+#define KHO_GLUE_H
+
+#include <linux/ioport.h>
+#include <linux/kexec.h>
+#include <linux/kexec_handover.h>
+#include <linux/kho/abi/kexec_handover.h>
+#include <linux/kho/abi/kexec_metadata.h>
+#include <linux/kho_radix_tree.h>
+#include <linux/libfdt.h>
+#include <linux/memblock.h>
+#include <linux/sched/clock.h>
+#include <linux/utsname.h>
+#include <linux/vmalloc.h>
+
+#include <asm/early_ioremap.h>
+
+#include "../../../mm/mm_init.h"
+#include "../../../mm/vmalloc.h"
+#include "../../kexec_internal.h"
+#include "../kexec_handover_internal.h"
+
+/*
+ * Scratch areas are freed to the page allocator next to memory whose struct
+ * pages may not be initialised yet; the allocator looks at neighbours of up to
+ * its largest order.
+ */
+#define KHO_SCRATCH_ALIGN	(PAGE_SIZE * MAX_ORDER_NR_PAGES)
+
+#ifdef __BINDGEN__
+const size_t RUST_CONST_HELPER_KHO_SCRATCH_ALIGN = KHO_SCRATCH_ALIGN;
+const size_t RUST_CONST_HELPER_KHO_VMALLOC_SIZE = KHO_VMALLOC_SIZE;
+const unsigned int RUST_CONST_HELPER_KHO_MAX_PAGE_ORDER = MAX_PAGE_ORDER;
+const unsigned int RUST_CONST_HELPER_KHO_MAX_FOLIO_ORDER = MAX_FOLIO_ORDER;
+const unsigned int RUST_CONST_HELPER_KHO_MAX_NODES = MAX_NUMNODES;
+const unsigned int RUST_CONST_HELPER_KHO_NOINIT = MEMBLOCK_RSRV_NOINIT;
+#endif
+
+/* A folio as the tree knows it. */
+struct kho_glue_folio {
+	unsigned long pfn;
+	unsigned int order;
+};
+
+/* struct pages */
+struct page *kho_glue_pfn_to_page(unsigned long pfn);
+struct page *kho_glue_pfn_to_online_page(unsigned long pfn);
+unsigned long kho_glue_page_to_pfn(const struct page *page);
+int kho_glue_pfn_to_nid(unsigned long pfn);
+int kho_glue_early_pfn_to_nid(unsigned long pfn);
+unsigned long *kho_glue_page_private(struct page *page);
+void kho_glue_init_pages(struct page *page, unsigned long nr_pages);
+void kho_glue_init_folio(struct page *page, unsigned int order);
+void kho_glue_init_cma(unsigned long pfn, unsigned long nr_pages);
+
+/* folios */
+struct kho_glue_folio kho_glue_folio(struct folio *folio);
+struct folio *kho_glue_page_folio(struct page *page);
+struct folio *kho_glue_folio_alloc(unsigned int order);
+void *kho_glue_folio_address(struct folio *folio);
+void kho_glue_folio_put(struct folio *folio);
+struct folio *kho_glue_virt_to_folio(const void *mem);
+
+/* addresses */
+unsigned long kho_glue_direct_map(void);
+void *kho_glue_phys_to_virt(phys_addr_t phys);
+phys_addr_t kho_glue_virt_to_phys(void *virt);
+
+/* vmalloc */
+struct page **kho_glue_alloc_pages_array(unsigned long nr_pages);
+struct vm_struct *kho_glue_vmap(struct page **pages, unsigned long nr_pages,
+				unsigned int order, unsigned long vm_flags);
+void *kho_glue_vmap_done(struct vm_struct *area, struct page **pages,
+			 unsigned long nr_pages, bool vm_alloc);
+
+/* locks, time, environment */
+void kho_glue_mutex_init(struct mutex *lock);
+void kho_glue_lock_fdt(void);
+void kho_glue_unlock_fdt(void);
+void kho_glue_lock_prune(void);
+void kho_glue_unlock_prune(void);
+void kho_glue_schedule_prune(void);
+phys_addr_t kho_glue_low_limit(void);
+int kho_glue_next_memory_node(int nid);
+bool kho_glue_is_kdump_kernel(void);
+void kho_glue_kmemleak_ignore(phys_addr_t phys);
+const char *kho_glue_release(void);
+
+/* debugfs; no-ops without CONFIG_KEXEC_HANDOVER_DEBUGFS */
+int kho_glue_debugfs_init(void);
+void kho_glue_debugfs_in(const void *fdt);
+int kho_glue_debugfs_add(const char *name, const void *blob, size_t size, bool root);
+void kho_glue_debugfs_remove(void *blob);
+
+/* called by the glue, implemented in kho.rs */
+int kho_rs_parse_enable(char *arg);
+int kho_rs_parse_scratch(char *arg);
+int kho_rs_init(void);
+void kho_rs_prune(void);
+
+#endif /* KHO_GLUE_H */

@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What `kexec_file_load()` needs of KHO, and the note that each kernel leaves for the next one.
+
+use super::kho_pages;
+use super::kho_state;
+use super::kho_sys;
+use core::mem::size_of;
+use kernel::{
+    bindings,
+    error::to_result,
+    prelude::*, //
+};
+
+/// What the walk over scratch calls with a resource and the buffer; 1 means that it found a hole.
+type FindHole = unsafe extern "C" fn(*mut bindings::resource, *mut c_void) -> c_int;
+
+/// Alignment of the scratch table in the image; a power of two that makes it easy to map.
+const TABLE_ALIGN: usize = bindings::SZ_64K as usize;
+
+/// Adds to an image what the next kernel is told about the handover: where the root FDT is, and
+/// a copy of the table of scratch areas.
+///
+/// # Safety
+///
+/// `image` must point to an image that is being loaded.
+pub(crate) unsafe fn fill_image(image: *mut bindings::kimage) -> Result {
+    // SAFETY: By the caller's contract.
+    let is_crash = unsafe { (*image).type_() } == bindings::KEXEC_TYPE_CRASH;
+    if !kho_state::is_enabled() || is_crash {
+        return Ok(());
+    }
+    let fdt = kho_state::out_fdt().ok_or(EAGAIN)?;
+    let table = kho_sys::scratch();
+    let size = core::mem::size_of_val(table);
+    let mut buffer = bindings::kexec_buf {
+        image,
+        buffer: table.as_ptr().cast_mut().cast(),
+        bufsz: size,
+        mem: bindings::KEXEC_BUF_MEM_UNKNOWN as usize,
+        memsz: size,
+        buf_align: TABLE_ALIGN,
+        buf_max: usize::MAX,
+        top_down: true,
+        ..Default::default()
+    };
+    // SAFETY: By the caller's contract; the table stays.
+    let error = unsafe { bindings::kexec_add_buffer(&mut buffer) };
+    if error != 0 {
+        pr_err!("no room for the scratch table in scratch: error {error}\n");
+        return to_result(error);
+    }
+    // SAFETY: By the caller's contract; the segment is the one that was just added.
+    unsafe {
+        let last = (*image).nr_segments.wrapping_sub(1);
+        (*image).kho.fdt = fdt;
+        (*image).kho.scratch = (&raw mut (*image).segment)
+            .cast::<bindings::kexec_segment>()
+            .add(last);
+    }
+    Ok(())
+}
+
+/// Looks for a place for a segment in scratch: nothing else is safe from being preserved.
+/// [`None`] means that the segment may lie anywhere.
+///
+/// # Errors
+///
+/// `EADDRNOTAVAIL` if no area has room.
+///
+/// # Safety
+///
+/// `buffer` must point to a buffer of an image that is being loaded, which `find` knows.
+pub(crate) unsafe fn locate_hole(
+    buffer: *mut bindings::kexec_buf,
+    find: FindHole,
+) -> Option<Result> {
+    // SAFETY: By the caller's contract.
+    let is_crash = unsafe { (*(*buffer).image).type_() } == bindings::KEXEC_TYPE_CRASH;
+    if !kho_state::is_enabled() || is_crash {
+        return None;
+    }
+    for area in kho_sys::scratch().iter().filter(|area| area.size > 0) {
+        let mut resource = bindings::resource {
+            start: area.addr,
+            end: area.addr.wrapping_add(area.size).wrapping_sub(1),
+            ..Default::default()
+        };
+        // SAFETY: By the caller's contract.
+        match unsafe { find(&mut resource, buffer.cast()) } {
+            0 => {}
+            1 => return Some(Ok(())),
+            _ => break,
+        }
+    }
+    // SAFETY: By the caller's contract.
+    let size = unsafe { (*buffer).memsz };
+    let largest = kho_sys::scratch().iter().map(|area| area.size).max();
+    pr_err!(
+        "no room for {} KiB of the next kernel in scratch, whose largest area has {} KiB; see kho_scratch=\n",
+        size.div_ceil(1024),
+        largest.unwrap_or(0) / 1024
+    );
+    Some(Err(EADDRNOTAVAIL))
+}
+
+/// Reads the note of the last kernel, says what it says, and returns how many kexecs there have
+/// been since the machine was switched on; 0 if there is none.
+pub(crate) fn read_metadata() -> u32 {
+    type Metadata = bindings::kho_kexec_metadata;
+
+    // SAFETY: The name ends with a NUL.
+    let blob = unsafe { kho_state::subtree(bindings::KHO_METADATA_NODE_NAME.as_ptr()) };
+    // It is fine to have left none.
+    let Ok(blob) = blob else { return 0 };
+    if blob.size < size_of::<u32>() as u64 || !super::kho_memblock::is_blob_ram(blob) {
+        pr_warn!("kexec-metadata blob of {} bytes is none\n", blob.size);
+        return 0;
+    }
+    let metadata = kho_sys::virt::<Metadata>(blob.phys);
+    // SAFETY: There is RAM with at least the version, which is all that is looked at.
+    let version = unsafe { (&raw const (*metadata).version).read_unaligned() };
+    if version != bindings::KHO_KEXEC_METADATA_VERSION {
+        pr_warn!("kexec-metadata version {version} not supported\n");
+        return 0;
+    }
+    if blob.size < size_of::<Metadata>() as u64 {
+        pr_warn!("kexec-metadata blob too small: {} bytes\n", blob.size);
+        return 0;
+    }
+    // SAFETY: There is RAM that is large enough, and any bytes make the structure.
+    let metadata = unsafe { metadata.read_unaligned() };
+    let (release, count) = (metadata.previous_release, metadata.kexec_count);
+    let len = release.iter().position(|byte| *byte == 0);
+    let release = len.and_then(|len| release.get(..len)).unwrap_or(b"?");
+    let release = core::str::from_utf8(release).unwrap_or("?");
+    pr_info!("exec from: {release} (count {count})\n");
+    count
+}
+
+/// Leaves the note for the next kernel.
+pub(crate) fn write_metadata(count: u32) -> Result {
+    let size = size_of::<bindings::kho_kexec_metadata>();
+    let metadata = kho_pages::alloc_preserve(size)?.cast::<bindings::kho_kexec_metadata>();
+    let mut note = bindings::kho_kexec_metadata {
+        version: bindings::KHO_KEXEC_METADATA_VERSION,
+        kexec_count: count,
+        ..Default::default()
+    };
+    // SAFETY: The kernel's release is a string that ends with a NUL and never changes.
+    let release = unsafe { CStr::from_char_ptr(bindings::kho_glue_release()) };
+    let mut text = [0; bindings::__NEW_UTS_LEN as usize + 1];
+    let room = text.len().wrapping_sub(1);
+    for (to, from) in text.iter_mut().take(room).zip(release.to_bytes()) {
+        *to = *from;
+    }
+    note.previous_release = text;
+    // SAFETY: The memory is ours, and large enough.
+    unsafe { metadata.write_unaligned(note) };
+    // SAFETY: The name ends with a NUL, and the memory is in the direct map.
+    let added = unsafe {
+        kho_state::add_subtree(
+            bindings::KHO_METADATA_NODE_NAME.as_ptr(),
+            metadata.cast(),
+            size,
+        )
+    };
+    if added.is_err() {
+        // SAFETY: It was allocated above.
+        unsafe { super::unpreserve_free(metadata.cast()) };
+    }
+    added
+}

@@ -1,0 +1,701 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! KHO in early boot: the handover found, scratch, and takeover, all in terms of memblock.
+//!
+//! ```text
+//!  setup_arch()          populate()        a handover is found: memblock allocates from
+//!                                          scratch only from now on
+//!  mm_core_init_early()  init_early()      the tree is surveyed; what lies away from it and
+//!                                          from preserved memory may be allocated, too
+//!  mm_core_init()        init()            takeover; or, on a cold boot, scratch is reserved
+//!  fs_initcall           open_scratch()    reserved scratch goes to the page allocator, for
+//!                                          movable memory only
+//! ```
+//!
+//! A handover that is refused, for whatever reason, is named in one line, and the kernel boots as
+//! if there were none: all memory is its own then.
+//!
+//! Everything here is `__init`; it runs on one CPU, before there is anything else.
+
+use super::kho_fdt::{
+    Blob,
+    FdtError, //
+};
+use super::kho_key::{
+    Block,
+    Key,
+    Order,
+    Pfn, //
+};
+use super::kho_param::{
+    self,
+    Scratch, //
+};
+use super::kho_radix::{
+    NodeAddr,
+    Open,
+    Tree, //
+};
+use super::kho_range::Frames;
+use super::kho_state;
+use super::kho_sys::{
+    self,
+    Direct,
+    Fdt,
+    Mark,
+    Page, //
+};
+use super::kho_takeover::{
+    self,
+    Machine,
+    Refusal, //
+};
+use super::PAGE_SHIFT;
+use core::{
+    mem::size_of,
+    sync::atomic::{
+        AtomicBool,
+        AtomicU64,
+        Ordering, //
+    },
+};
+use kernel::{
+    bindings,
+    prelude::*, //
+};
+
+/// The most that `early_memremap()` maps on any architecture is 256 KiB; half of that is within
+/// its reach whatever the alignment. A root FDT has one page.
+const EARLY_MAX: u64 = 128 * 1024;
+
+/// Scratch is extended by whole blocks of this order, 1 GiB: coarse enough to be quick on large
+/// machines, and of no use on small ones.
+const GRAIN: Option<Order> = Order::new(30 - PAGE_SHIFT);
+
+/// What `kho_scratch=` asks for.
+// Only `parse_scratch()` writes it and only `reserve_scratch()` reads it.
+#[link_section = ".init.data"]
+static mut SCRATCH: Scratch = Scratch::DEFAULT;
+
+/// Physical address of the root of the tree that was handed over and found sound; 0 if none.
+static IN_TREE: AtomicU64 = AtomicU64::new(0);
+
+/// Nodes of that tree.
+static IN_NODES: AtomicU64 = AtomicU64::new(0);
+
+/// Whether this kernel runs in the scratch areas that it was handed.
+static INHERITED: AtomicBool = AtomicBool::new(false);
+
+/// Whether this kernel reserved its scratch areas itself, and has not opened them yet.
+static RESERVED: AtomicBool = AtomicBool::new(false);
+
+/// Parses `kho_scratch=`.
+///
+/// # Safety
+///
+/// `arg` must be null or a string that ends with a NUL.
+#[link_section = ".init.text"]
+pub(crate) unsafe fn parse_scratch(arg: *const c_char) {
+    let text = if arg.is_null() {
+        c""
+    } else {
+        // SAFETY: By the caller's contract.
+        unsafe { CStr::from_char_ptr(arg) }
+    };
+    let Some(scratch) = Scratch::parse(text.to_bytes()) else {
+        pr_err!(
+            "kho_scratch={}: neither N% nor LOWMEM,GLOBAL,PERNODE; using 200%\n",
+            kernel::prelude::fmt!("{text:?}")
+        );
+        return;
+    };
+    match scratch {
+        Scratch::Scale(percent) => pr_notice!("scratch scale is {percent}%\n"),
+        Scratch::Sizes {
+            lowmem,
+            global,
+            pernode,
+        } => pr_notice!(
+            "scratch areas: lowmem: {}MiB global: {}MiB pernode: {}MiB\n",
+            lowmem >> 20,
+            global >> 20,
+            pernode >> 20
+        ),
+    }
+    // SAFETY: See the static.
+    unsafe { SCRATCH = scratch };
+}
+
+/// Says that there is no handover, why, and about what address.
+#[cold]
+#[link_section = ".init.text"]
+fn refuse((what, at): (&str, u64)) {
+    pr_err!("handover refused: {what} ({at:#x})\n");
+    kho_state::set_handover(0, 0);
+    IN_TREE.store(0, Ordering::Relaxed);
+    if INHERITED.load(Ordering::Relaxed) {
+        // No memory needs to be spared any more.
+        // SAFETY: Early boot.
+        unsafe { bindings::memblock_clear_kho_scratch_only() };
+    }
+}
+
+/// Memory that is mapped for a moment, before there is a direct map to rely on.
+struct EarlyMap {
+    virt: *mut c_void,
+    len: u64,
+}
+
+impl EarlyMap {
+    #[link_section = ".init.text"]
+    fn new(phys: u64, len: u64) -> Option<Self> {
+        if len == 0 || len > EARLY_MAX || Frames::covering(phys, len).is_none() {
+            return None;
+        }
+        // SAFETY: Early boot; the length is one that can be mapped.
+        let virt = unsafe { bindings::early_memremap(phys, len as usize) };
+        (!virt.is_null()).then_some(Self { virt, len })
+    }
+}
+
+impl Drop for EarlyMap {
+    #[link_section = ".ref.text"]
+    #[inline(never)]
+    fn drop(&mut self) {
+        // SAFETY: It was mapped like that, and values of this type do not outlive early boot.
+        unsafe { bindings::early_memunmap(self.virt, self.len as usize) };
+    }
+}
+
+/// Takes note of what the last kernel says that it hands over: the root FDT and the table of
+/// scratch areas.
+#[link_section = ".init.text"]
+pub(crate) fn populate(fdt_phys: u64, fdt_len: u64, scratch_phys: u64, scratch_len: u64) {
+    let Some(map) = EarlyMap::new(fdt_phys, fdt_len) else {
+        return refuse(("the FDT cannot be mapped", fdt_phys));
+    };
+    // SAFETY: It is mapped for as long as this function runs.
+    let fdt = unsafe { Fdt::new(map.virt, fdt_len) }.and_then(|fdt| fdt.memory_map());
+    if let Err(error) = fdt {
+        return refuse((error.what(), fdt_phys));
+    }
+
+    const ENTRY: u64 = size_of::<bindings::kho_scratch>() as u64;
+    let count = scratch_len / ENTRY;
+    let limit = u64::from(bindings::KHO_MAX_NODES).wrapping_add(2);
+    let table = EarlyMap::new(scratch_phys, scratch_len)
+        .filter(|_| scratch_len % ENTRY == 0 && count <= limit && scratch_phys % 8 == 0);
+    let Some(table) = table else {
+        return refuse(("the table of scratch areas cannot be mapped", scratch_phys));
+    };
+    // SAFETY: It is mapped for as long as this function runs, and aligned.
+    let areas: &[bindings::kho_scratch] =
+        unsafe { core::slice::from_raw_parts(table.virt.cast(), count as usize) };
+    if areas
+        .iter()
+        .any(|area| Frames::exact(area.addr, area.size).is_none())
+    {
+        return refuse(("a scratch area is not made of pages", scratch_phys));
+    }
+    for (done, area) in areas.iter().enumerate() {
+        // From here on, memblock may need memory for its own arrays, which has to be scratch.
+        // SAFETY: Early boot.
+        let error = unsafe {
+            match bindings::memblock_add(area.addr, area.size) {
+                0 => bindings::memblock_mark_kho_scratch(area.addr, area.size),
+                error => error,
+            }
+        };
+        if error != 0 {
+            for area in areas.iter().take(done) {
+                // SAFETY: Early boot.
+                unsafe { bindings::memblock_clear_kho_scratch(area.addr, area.size) };
+            }
+            return refuse(("memblock does not take a scratch area", scratch_phys));
+        }
+    }
+    // SAFETY: Early boot. Nothing may be allocated outside of scratch before takeover: all that
+    // is not scratch may be preserved.
+    unsafe {
+        let none = bindings::NUMA_NO_NODE;
+        if bindings::__memblock_reserve(scratch_phys, scratch_len, none, 0) != 0 {
+            return refuse((
+                "memblock does not take the table of scratch areas",
+                scratch_phys,
+            ));
+        }
+        bindings::memblock_set_kho_scratch_only();
+        bindings::kho_scratch_cnt = count as u32;
+    }
+    // The table is mapped for good later.
+    IN_TREE.store(scratch_phys, Ordering::Relaxed);
+    INHERITED.store(true, Ordering::Relaxed);
+    kho_state::set_handover(fdt_phys, fdt_len);
+    pr_info!("found kexec handover data.\n");
+}
+
+/// Surveys the tree that was handed over, and lets memblock allocate from where it leaves room.
+#[link_section = ".init.text"]
+pub(crate) fn init_early() {
+    kho_sys::init_direct_map();
+    if !INHERITED.load(Ordering::Relaxed) {
+        return;
+    }
+    // Until here this was where the table is.
+    let table = IN_TREE.swap(0, Ordering::Relaxed);
+    // SAFETY: Early boot; the table was reserved.
+    unsafe { bindings::kho_scratch = kho_sys::virt(table) };
+    if !kho_state::is_enabled() {
+        refuse(("KHO is off here, and nobody would take it back", 0));
+        return drop_scratch();
+    }
+    // The same checks as before the direct map was there, on the memory that is used from now on.
+    let fdt = kho_state::in_fdt().ok_or(FdtError::Magic);
+    let root = match fdt.and_then(|fdt| fdt.memory_map()) {
+        Ok(root) => root,
+        Err(error) => return refuse((error.what(), kho_state::handover().unwrap_or(0))),
+    };
+    if let Err(refusal) = survey(root) {
+        return refuse(refusal.what());
+    }
+    IN_TREE.store(root.get(), Ordering::Relaxed);
+}
+
+/// Gives up the scratch areas that were handed over: this kernel has no use for them.
+#[link_section = ".init.text"]
+fn drop_scratch() {
+    for area in kho_sys::scratch() {
+        // SAFETY: Early boot.
+        unsafe { bindings::memblock_clear_kho_scratch(area.addr, area.size) };
+    }
+    // SAFETY: Early boot.
+    unsafe { bindings::kho_scratch_cnt = 0 };
+}
+
+#[link_section = ".init.text"]
+fn survey(root: NodeAddr) -> Result<(), Refusal> {
+    // SAFETY: For trees that are made here, and one that is surveyed first.
+    let direct = || unsafe { Direct::new() };
+    let machine = Memblock::new();
+    let tree = Tree::from_root(direct(), root);
+
+    let seen = Tree::new(direct())?;
+    let nodes = kho_takeover::survey(&tree, &machine, &seen);
+    seen.destroy();
+    IN_NODES.store(nodes?, Ordering::Relaxed);
+
+    // Nothing in an empty node is worth keeping memory free for. The nodes are not this
+    // kernel's to free; they are with all other memory later.
+    Tree::from_root(Unlink(direct()), root).prune();
+
+    let blocks = Tree::new(direct())?;
+    let result = extend(&tree, &blocks);
+    blocks.destroy();
+    result
+}
+
+/// Nodes of another kernel's tree, which are never freed.
+struct Unlink(Direct);
+
+impl super::kho_radix::NodeMem for Unlink {
+    fn alloc(&self) -> Option<NodeAddr> {
+        None
+    }
+
+    fn free(&self, _node: NodeAddr) {}
+
+    fn node(&self, addr: NodeAddr) -> &super::kho_radix::Node {
+        self.0.node(addr)
+    }
+}
+
+/// Marks as scratch what no preserved memory and no node of the tree is near to; `busy` is for
+/// the blocks that are not.
+#[link_section = ".init.text"]
+fn extend(tree: &Tree<Direct>, busy: &Tree<Direct>) -> Result<(), Refusal> {
+    let Some(grain) = GRAIN else { return Ok(()) };
+    kho_takeover::busy(tree, grain, &mut |frames: Frames| {
+        let last = frames.end().wrapping_sub(1) >> grain.get();
+        for key in (frames.start() >> grain.get()..=last).filter_map(Key::new) {
+            busy.add(&Open, key)?;
+        }
+        Ok(())
+    })?;
+
+    let size = grain.pages() << PAGE_SHIFT;
+    // SAFETY: Early boot.
+    let dram_end = unsafe { bindings::memblock_end_of_DRAM() };
+    let mut free_from = 0u64;
+    for run in busy.runs_between((Key::MIN, Key::MAX)) {
+        let start = run.first.get().saturating_mul(size);
+        mark_scratch(free_from, start);
+        free_from = start.saturating_add(run.count.saturating_mul(size));
+    }
+    mark_scratch(free_from, dram_end);
+    Ok(())
+}
+
+#[link_section = ".init.text"]
+fn mark_scratch(start: u64, end: u64) {
+    if start < end {
+        // SAFETY: Early boot.
+        let error = unsafe { bindings::memblock_mark_kho_scratch(start, end.wrapping_sub(start)) };
+        if error != 0 {
+            // There is less room to allocate from, that is all.
+            pr_warn!("failed to extend scratch: error {error}\n");
+        }
+    }
+}
+
+/// Takes over what was handed over; on a cold boot, reserves scratch.
+#[link_section = ".init.text"]
+pub(crate) fn init() {
+    // SAFETY: May be called at any time.
+    if unsafe { bindings::kho_glue_is_kdump_kernel() } {
+        kho_state::set_enabled(false);
+        pr_info!("disabled in the kdump kernel\n");
+        return;
+    }
+    if !INHERITED.load(Ordering::Relaxed) {
+        if kho_state::is_enabled() && reserve_scratch().is_err() {
+            pr_warn!("Failed to reserve scratch area, disabling kexec handover\n");
+            kho_state::set_enabled(false);
+        }
+        return;
+    }
+    if let Some(root) = NodeAddr::new(IN_TREE.load(Ordering::Relaxed)) {
+        if let Err(refusal) = take_over(root) {
+            refuse(refusal.what());
+        }
+    }
+}
+
+#[link_section = ".init.text"]
+fn take_over(root: NodeAddr) -> Result<(), Refusal> {
+    // SAFETY: May be called at any time.
+    let start = unsafe { bindings::local_clock() };
+    // SAFETY: It was surveyed.
+    let tree = Tree::from_root(unsafe { Direct::new() }, root);
+    let mut machine = Memblock::new();
+    let census = kho_takeover::check(&tree, &machine)?;
+    kho_takeover::apply(&tree, &mut machine, &census)?;
+    // SAFETY: As above.
+    let time = unsafe { bindings::local_clock() }.wrapping_sub(start);
+
+    if let Some(pfn) = census.overlap {
+        pr_err!(
+            "memory at {:#x} was preserved twice; only the larger block can be restored\n",
+            pfn << PAGE_SHIFT
+        );
+    }
+    let blocks = kho_takeover::active(&census.blocks);
+    pr_info!(
+        "takeover: {} blocks in {} runs, {} pages, {} tree nodes, {} ns\n",
+        blocks.fold(0u64, |sum, (_, count)| sum.wrapping_add(count)),
+        census.ranges,
+        census.frames,
+        IN_NODES.load(Ordering::Relaxed),
+        time
+    );
+    for (order, count) in kho_takeover::active(&census.blocks) {
+        pr_info!("takeover: order {}: {} blocks\n", order.get(), count);
+    }
+    Ok(())
+}
+
+/// The machine as memblock knows it.
+struct Memblock {
+    ram_end: u64,
+}
+
+impl Memblock {
+    #[link_section = ".init.text"]
+    fn new() -> Self {
+        Self {
+            // SAFETY: Early boot.
+            ram_end: unsafe { bindings::memblock_end_of_DRAM() } >> PAGE_SHIFT,
+        }
+    }
+}
+
+/// Returns the regions of memory, sorted by address and disjoint.
+#[link_section = ".init.text"]
+fn memory() -> &'static [bindings::memblock_region] {
+    // SAFETY: Early boot: nobody else changes the regions, and no caller keeps the slice while
+    // it does so itself.
+    unsafe {
+        let memory = &raw const bindings::memblock.memory;
+        core::slice::from_raw_parts((*memory).regions, (*memory).cnt)
+    }
+}
+
+/// Returns whether all of `frames` is memory, in however many regions.
+#[link_section = ".init.text"]
+fn is_memory(frames: Frames) -> bool {
+    let regions = memory();
+    let mut at = frames.phys();
+    let end = at.saturating_add(frames.bytes());
+    // The first region that ends after the start.
+    let mut below = 0usize;
+    let mut above = regions.len();
+    while below < above {
+        let middle = below.wrapping_add(above) / 2;
+        match regions.get(middle) {
+            Some(region) if region.base.saturating_add(region.size) <= at => {
+                below = middle.wrapping_add(1);
+            }
+            _ => above = middle,
+        }
+    }
+    for region in regions.iter().skip(below) {
+        if at >= end || region.base > at {
+            break;
+        }
+        at = region.base.saturating_add(region.size);
+    }
+    at >= end
+}
+
+impl Machine for Memblock {
+    fn ram_end(&self) -> u64 {
+        self.ram_end
+    }
+
+    #[link_section = ".init.text"]
+    fn is_ram(&self, frames: Frames) -> bool {
+        is_memory(frames)
+    }
+
+    fn in_scratch(&self, frames: Frames) -> bool {
+        kho_sys::in_scratch(frames.phys(), frames.bytes())
+    }
+
+    #[link_section = ".init.text"]
+    fn reserve(&mut self, frames: Frames) -> Result<(), i32> {
+        let (phys, size) = (frames.phys(), frames.bytes());
+        // In two steps, because part of it may be reserved already, with other flags:
+        // `reserve_mem=` has found its memory before takeover.
+        // SAFETY: Early boot.
+        unsafe {
+            let none = bindings::NUMA_NO_NODE;
+            let error = bindings::__memblock_reserve(phys, size, none, 0);
+            if error != 0 {
+                return Err(error);
+            }
+            match bindings::memblock_reserved_mark_noinit(phys, size) {
+                0 => Ok(()),
+                error => {
+                    bindings::memblock_phys_free(phys, size);
+                    Err(error)
+                }
+            }
+        }
+    }
+
+    #[link_section = ".init.text"]
+    fn release(&mut self, frames: Frames) {
+        // SAFETY: Early boot.
+        unsafe { bindings::memblock_phys_free(frames.phys(), frames.bytes()) };
+    }
+
+    #[link_section = ".init.text"]
+    fn adopt(&mut self, first: Block, count: u64) {
+        let order = first.order();
+        let mut pfn = first.pfn().get();
+        for _ in 0..count {
+            init_pages(pfn, order);
+            // SAFETY: It is RAM.
+            if let Some(page) = unsafe { Page::of(pfn) } {
+                page.mark(Mark::Preserved, order);
+            }
+            // OVERFLOW: The blocks are in RAM.
+            pfn = pfn.wrapping_add(order.pages());
+        }
+    }
+}
+
+/// Initialises the struct pages of a block if that is deferred: what initialises them later spares
+/// reserved memory.
+#[link_section = ".init.text"]
+fn init_pages(pfn: u64, order: Order) {
+    if cfg!(CONFIG_DEFERRED_STRUCT_PAGE_INIT) {
+        // SAFETY: Early boot, and the block is RAM, on one node.
+        unsafe {
+            let nid = bindings::kho_glue_early_pfn_to_nid(pfn as usize);
+            for i in 0..order.pages() {
+                bindings::init_deferred_page(pfn.wrapping_add(i) as usize, nid);
+            }
+        }
+    }
+}
+
+/// Returns whether a blob is in RAM.
+pub(crate) fn is_blob_ram(blob: Blob) -> bool {
+    let frames = Frames::covering(blob.phys, blob.size);
+    frames.is_some_and(|frames| {
+        frames.count() > 0
+            && Page::online(frames.start()).is_some()
+            && Page::online(frames.end().wrapping_sub(1)).is_some()
+    })
+}
+
+/// Finds memory for the scratch areas, and reserves it.
+#[link_section = ".init.text"]
+fn reserve_scratch() -> Result {
+    // SAFETY: May be called at any time.
+    let next_node = |nid| unsafe { bindings::kho_glue_next_memory_node(nid) };
+    let nodes = || {
+        core::iter::successors(Some(next_node(-1)), move |nid| Some(next_node(*nid)))
+            .take_while(|nid| *nid != bindings::NUMA_NO_NODE)
+    };
+    // SAFETY: Early boot; see the static.
+    let scratch = unsafe { SCRATCH };
+
+    let room = nodes().count().wrapping_add(2);
+    let bytes = room.wrapping_mul(size_of::<bindings::kho_scratch>()) as u64;
+    // SAFETY: Early boot.
+    let table = unsafe {
+        let align = bindings::PAGE_SIZE as u64;
+        bindings::memblock_alloc_try_nid(bytes, align, 0, 0, bindings::NUMA_NO_NODE)
+    };
+    if table.is_null() {
+        pr_err!("Failed to reserve scratch array\n");
+        return Err(ENOMEM);
+    }
+    // SAFETY: Early boot; the table has room for what is added to it, and no area yet.
+    unsafe {
+        bindings::kho_scratch = table.cast();
+        bindings::kho_scratch_cnt = 0;
+    }
+
+    let result = reserve_areas(scratch, nodes());
+    if result.is_err() {
+        free_areas();
+        // SAFETY: Early boot; allocated above.
+        unsafe {
+            bindings::kho_scratch_cnt = 0;
+            bindings::kho_scratch = core::ptr::null_mut();
+            bindings::memblock_free(table, bytes as usize);
+        }
+    } else {
+        RESERVED.store(true, Ordering::Relaxed);
+    }
+    result
+}
+
+#[link_section = ".init.text"]
+fn reserve_areas(scratch: Scratch, nodes: impl Iterator<Item = c_int>) -> Result {
+    // SAFETY: Early boot.
+    let low_limit = unsafe { bindings::kho_glue_low_limit() };
+    let (low, all) = match scratch {
+        Scratch::Scale(percent) => {
+            let low = scaled(percent, low_limit, bindings::NUMA_NO_NODE)?;
+            let all = scaled(percent, u64::MAX, bindings::NUMA_NO_NODE)?;
+            (low, all.saturating_sub(low))
+        }
+        Scratch::Sizes { lowmem, global, .. } => (aligned(lowmem)?, aligned(global)?),
+    };
+    reserve_area("lowmem", low, low_limit, None)?;
+    reserve_area("global", all, 0, None)?;
+    for nid in nodes {
+        let size = match scratch {
+            Scratch::Scale(percent) => scaled(percent, u64::MAX, nid)?,
+            Scratch::Sizes { pernode, .. } => aligned(pernode)?,
+        };
+        reserve_area("node", size, 0, Some(nid))?;
+    }
+    Ok(())
+}
+
+#[link_section = ".init.text"]
+fn aligned(bytes: u64) -> Result<u64> {
+    kho_param::round_up(bytes, bindings::KHO_SCRATCH_ALIGN as u64).ok_or(ENOMEM)
+}
+
+/// Returns `percent` of what early boot has allocated below `limit` on `nid`. Huge pages do not
+/// count: they never come from scratch.
+#[link_section = ".init.text"]
+fn scaled(percent: u32, limit: u64, nid: c_int) -> Result<u64> {
+    // SAFETY: Early boot.
+    let bytes = unsafe {
+        bindings::memblock_reserved_kern_size(limit, nid)
+            .saturating_sub(bindings::memblock_reserved_hugetlb_size(limit, nid))
+    };
+    kho_param::scaled(bytes, percent, bindings::KHO_SCRATCH_ALIGN as u64).ok_or(ENOMEM)
+}
+
+/// Reserves one area below `limit`, 0 being none, or on a node, and adds it to the table.
+#[link_section = ".init.text"]
+fn reserve_area(name: &str, size: u64, limit: u64, nid: Option<c_int>) -> Result {
+    if size == 0 {
+        return Ok(());
+    }
+    let align = bindings::KHO_SCRATCH_ALIGN as u64;
+    // SAFETY: Early boot.
+    let addr = unsafe {
+        match nid {
+            Some(nid) => bindings::memblock_alloc_range_nid(size, align, 0, 0, nid, true),
+            None => bindings::memblock_phys_alloc_range(size, align, 0, limit),
+        }
+    };
+    if addr == 0 {
+        pr_err!(
+            "Failed to reserve {} KiB of {name} scratch; see kho_scratch=\n",
+            size >> 10
+        );
+        return Err(ENOMEM);
+    }
+    // SAFETY: Early boot; the table has room for an area of each kind and node.
+    unsafe {
+        let count = bindings::kho_scratch_cnt as usize;
+        bindings::kho_scratch
+            .add(count)
+            .write(bindings::kho_scratch { addr, size });
+        bindings::kho_scratch_cnt = count.wrapping_add(1) as u32;
+    }
+    Ok(())
+}
+
+#[link_section = ".init.text"]
+fn free_areas() {
+    for area in kho_sys::scratch() {
+        // SAFETY: Early boot.
+        unsafe { bindings::memblock_phys_free(area.addr, area.size) };
+    }
+}
+
+/// Gives the scratch areas that this kernel reserved to the page allocator, which uses them for
+/// memory that can be moved away. Areas that were handed over are there already.
+#[link_section = ".init.text"]
+pub(crate) fn open_scratch() {
+    if !RESERVED.swap(false, Ordering::Relaxed) {
+        return;
+    }
+    for area in kho_sys::scratch() {
+        let pages = area.size >> PAGE_SHIFT;
+        // With debug_pagealloc free pages are not mapped, and kmemleak must not look there.
+        // SAFETY: The area is reserved memory of whole page blocks.
+        unsafe {
+            bindings::kho_glue_kmemleak_ignore(area.addr);
+            let pfn = Pfn::containing(area.addr).get();
+            bindings::kho_glue_init_cma(pfn as usize, pages as usize);
+        }
+    }
+}
+
+/// Gives the scratch areas that this kernel reserved to the page allocator for any use: there
+/// will be no handover. Areas that were handed over are in use already.
+#[link_section = ".init.text"]
+pub(crate) fn free_scratch() {
+    if !RESERVED.swap(false, Ordering::Relaxed) {
+        return;
+    }
+    for area in kho_sys::scratch() {
+        let start = kho_sys::virt::<u8>(area.addr);
+        let end = start.wrapping_add(area.size as usize).cast();
+        // SAFETY: The area is reserved memory that nobody uses.
+        unsafe { bindings::free_reserved_area(start.cast(), end, -1, c"".as_char_ptr()) };
+    }
+    // SAFETY: KHO is off from now on, and nobody looks at the table.
+    unsafe { bindings::kho_scratch_cnt = 0 };
+}

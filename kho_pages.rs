@@ -1,0 +1,260 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Preserving memory, taking that back, and restoring what was taken over.
+//!
+//! The life of a block:
+//!
+//! ```text
+//!  this kernel                           the next one
+//!
+//!  preserve()      key in the tree --->  takeover: reserved, first page marked Preserved
+//!  unpreserve()    key gone              claim():  marked Claimed, or all put back
+//!                                        into_folio(), into_pages(): an allocated block
+//! ```
+//!
+//! Restoring several blocks claims all of them before it changes the first, so that it happens
+//! whole or not at all, and two who restore the same memory never both get it.
+
+use super::kho_key::{
+    Block,
+    Key,
+    Order, //
+};
+use super::kho_radix::Removal;
+use super::kho_range::Frames;
+use super::kho_state;
+use super::kho_sys::{
+    self,
+    Mark,
+    Page,
+    PruneGate, //
+};
+use kernel::{
+    bindings,
+    pr_warn_once,
+    prelude::*,
+    warn_on, //
+};
+
+/// With debug checks on, refuses memory in a scratch area, which the next kernel overwrites.
+#[inline(always)]
+fn check_scratch(phys: u64, bytes: u64) -> Result {
+    if cfg!(CONFIG_KEXEC_HANDOVER_DEBUG) && warn_on!(kho_sys::in_scratch(phys, bytes)) {
+        return Err(EINVAL);
+    }
+    Ok(())
+}
+
+/// Preserves a block.
+///
+/// # Errors
+///
+/// `EOPNOTSUPP` with KHO off, `EEXIST` if exactly this block is preserved already (whoever did
+/// that counts on being the one to undo it), `ENOMEM`; `EINVAL` in scratch, with debug checks.
+#[inline(always)]
+pub(crate) fn preserve(block: Block) -> Result {
+    check_scratch(block.pfn().phys(), Frames::of_block(block).bytes())?;
+    add(block)
+}
+
+#[inline(always)]
+fn add(block: Block) -> Result {
+    let tree = kho_state::out_tree().ok_or(EOPNOTSUPP)?;
+    match tree.add(&PruneGate, Key::of(block)) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(EEXIST),
+        Err(_) => Err(ENOMEM),
+    }
+}
+
+/// Undoes [`preserve`]. With KHO off there is nothing to undo.
+#[inline(always)]
+pub(crate) fn unpreserve(block: Block) {
+    let Some(tree) = kho_state::out_tree() else {
+        return;
+    };
+    match tree.remove(&PruneGate, Key::of(block)) {
+        Removal::Removed => {}
+        Removal::Emptied => kho_sys::schedule_prune(),
+        Removal::Absent => {
+            warn_on!(true);
+        }
+    }
+}
+
+/// Preserves a range of single pages, all of it or nothing.
+///
+/// # Errors
+///
+/// As [`preserve`].
+pub(crate) fn preserve_frames(frames: Frames) -> Result {
+    check_scratch(frames.phys(), frames.bytes())?;
+    let mut blocks = frames.blocks(kho_sys::one_node);
+    loop {
+        let rest = blocks.rest();
+        let Some(block) = blocks.next() else {
+            return Ok(());
+        };
+        if let Err(error) = add(block) {
+            // The same cuts as far as they went.
+            frames
+                .blocks(kho_sys::one_node)
+                .take_while(|block| block.pfn().get() < rest.start())
+                .for_each(unpreserve);
+            return Err(error);
+        }
+    }
+}
+
+/// Undoes [`preserve_frames`] for the same range.
+pub(crate) fn unpreserve_frames(frames: Frames) {
+    frames.blocks(kho_sys::one_node).for_each(unpreserve);
+}
+
+/// Preserves memory by its physical address, all of it or nothing.
+///
+/// # Errors
+///
+/// `EINVAL` unless both are multiples of the page size, `size` is not 0, and all of it is memory
+/// that the next kernel will find; else as [`preserve`].
+pub(crate) fn preserve_phys(phys: u64, size: usize) -> Result {
+    let frames = Frames::exact(phys, size as u64).ok_or(EINVAL)?;
+    // Memory comes and goes by sections, so one page of each tells of all. What is no RAM would
+    // make the next kernel refuse all of the handover.
+    let section = 1usize << (bindings::SECTION_SIZE_BITS - bindings::PAGE_SHIFT);
+    let last = frames.end().wrapping_sub(1);
+    let is_online = |pfn| Page::online(pfn).is_some();
+    if !(frames.start()..last).step_by(section).all(is_online) || !is_online(last) {
+        return Err(EINVAL);
+    }
+    preserve_frames(frames)
+}
+
+/// Says once that something cannot be restored, and why that is not a bug of the kernel.
+#[cold]
+fn refuse(phys: u64) {
+    pr_warn_once!("nothing to restore at {phys:#x}: not preserved, or restored already\n");
+}
+
+/// Restores a folio with the order it was preserved with; the caller has the only reference.
+/// [`None`] if none was preserved at `phys` or it has been restored.
+pub(crate) fn restore_folio(phys: u64) -> Option<*mut bindings::folio> {
+    let folio = || {
+        let page = Page::online(phys >> super::PAGE_SHIFT)?;
+        let order = page.order(Mark::Preserved)?;
+        // A range of pages may have been preserved in one block that is too large for a folio.
+        if order.get() > bindings::KHO_MAX_FOLIO_ORDER {
+            return None;
+        }
+        let order = page.turn(Mark::Preserved, Mark::Claimed)?;
+        Some(page.into_folio(order))
+    };
+    folio().or_else(|| {
+        refuse(phys);
+        None
+    })
+}
+
+/// Calls `each` with the first page and the order of every block in `frames` that carries `mark`.
+/// Returns false if the blocks that do are not exactly the range, or `each` does.
+fn each_block(frames: Frames, mark: Mark, mut each: impl FnMut(Page, Order) -> bool) -> bool {
+    let mut pfn = frames.start();
+    while pfn < frames.end() {
+        let Some(page) = Page::online(pfn) else {
+            return false;
+        };
+        let Some(order) = page.order(mark) else {
+            return false;
+        };
+        if order.pages() > frames.end().wrapping_sub(pfn) || !each(page, order) {
+            return false;
+        }
+        // OVERFLOW: At most the end of the range.
+        pfn = pfn.wrapping_add(order.pages());
+    }
+    true
+}
+
+/// Returns whether all of `frames` could be claimed.
+pub(crate) fn is_preserved(frames: Frames) -> bool {
+    each_block(frames, Mark::Preserved, |_, _| true)
+}
+
+/// Claims all of `frames`, or nothing.
+pub(crate) fn claim(frames: Frames) -> bool {
+    if !is_preserved(frames) {
+        return false;
+    }
+    // Blocks are taken as they come, whatever the range was cut into when it was preserved.
+    let mut claimed = 0u64;
+    let all = each_block(frames, Mark::Preserved, |page, order| {
+        let ours = page.turn(Mark::Preserved, Mark::Claimed).is_some();
+        if ours {
+            claimed = claimed.wrapping_add(order.pages());
+        }
+        ours
+    });
+    if !all {
+        // Somebody else restores part of it at the same time.
+        unclaim(frames.head(claimed));
+    }
+    all
+}
+
+/// Undoes [`claim`].
+pub(crate) fn unclaim(frames: Frames) {
+    each_block(frames, Mark::Claimed, |page, _| {
+        page.turn(Mark::Claimed, Mark::Preserved).is_some()
+    });
+}
+
+/// Makes claimed memory single pages that the caller has the only reference to.
+pub(crate) fn take(frames: Frames) {
+    each_block(frames, Mark::Claimed, |page, order| {
+        page.into_pages(order);
+        true
+    });
+}
+
+/// Restores a range of single pages, all of it or nothing.
+pub(crate) fn restore_frames(frames: Frames) -> Option<Page> {
+    let page = Page::online(frames.start())?;
+    if frames.count() == 0 || !claim(frames) {
+        refuse(frames.phys());
+        return None;
+    }
+    take(frames);
+    Some(page)
+}
+
+/// Allocates a folio of zeroes that is preserved, and returns it.
+///
+/// # Errors
+///
+/// `EINVAL` for no bytes, `E2BIG` for more than the page allocator has in one piece, `ENOMEM`; else
+/// as [`preserve`].
+pub(crate) fn alloc_preserve(size: usize) -> Result<*mut c_void> {
+    let last = size.checked_sub(1).ok_or(EINVAL)?;
+    let order = usize::BITS.wrapping_sub((last >> super::PAGE_SHIFT).leading_zeros());
+    if order > bindings::KHO_MAX_PAGE_ORDER {
+        return Err(E2BIG);
+    }
+    // Not after an allocation that would be for nothing.
+    kho_state::out_tree().ok_or(EOPNOTSUPP)?;
+    // SAFETY: The order is one of the page allocator's.
+    let folio = unsafe { bindings::kho_glue_folio_alloc(order) };
+    if folio.is_null() {
+        return Err(ENOMEM);
+    }
+    // SAFETY: The folio is ours.
+    let block = unsafe { kho_sys::folio_block(folio) };
+    match block.ok_or(EINVAL).and_then(preserve) {
+        // SAFETY: The folio is ours.
+        Ok(()) => Ok(unsafe { bindings::kho_glue_folio_address(folio) }),
+        Err(error) => {
+            // SAFETY: The only reference is given up.
+            unsafe { bindings::kho_glue_folio_put(folio) };
+            Err(error)
+        }
+    }
+}

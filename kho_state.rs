@@ -1,0 +1,279 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What this kernel was handed over, what it hands over, and whether it does at all.
+
+use super::kho_fdt::{
+    Blob,
+    FdtError, //
+};
+use super::kho_kexec;
+use super::kho_memblock;
+use super::kho_pages;
+use super::kho_radix::{
+    NodeAddr,
+    Tree, //
+};
+use super::kho_sys::{
+    self,
+    Direct,
+    Fdt,
+    RootFdt, //
+};
+use core::sync::atomic::{
+    AtomicBool,
+    AtomicU64,
+    Ordering, //
+};
+use kernel::{
+    bindings,
+    pr_warn_once,
+    prelude::*, //
+};
+
+/// Whether KHO is on: `kho=`, unless something fails.
+#[link_section = ".data..ro_after_init"]
+static ENABLED: AtomicBool = AtomicBool::new(cfg!(CONFIG_KEXEC_HANDOVER_ENABLE_DEFAULT));
+
+/// Returns whether KHO is on.
+#[inline]
+pub(crate) fn is_enabled() -> bool {
+    ENABLED.load(Ordering::Relaxed)
+}
+
+/// Turns KHO on or off, while booting.
+pub(crate) fn set_enabled(on: bool) {
+    ENABLED.store(on, Ordering::Relaxed);
+}
+
+/// Physical address and size of the FDT that was handed over; 0 if there was none, or none that
+/// could be used.
+static IN_FDT: AtomicU64 = AtomicU64::new(0);
+static IN_FDT_LEN: AtomicU64 = AtomicU64::new(0);
+
+/// Says what was handed over, or with 0 that nothing was.
+pub(crate) fn set_handover(fdt: u64, len: u64) {
+    IN_FDT_LEN.store(len, Ordering::Relaxed);
+    IN_FDT.store(fdt, Ordering::Relaxed);
+}
+
+/// Returns the physical address of the FDT that was handed over.
+pub(crate) fn handover() -> Option<u64> {
+    Some(IN_FDT.load(Ordering::Relaxed)).filter(|phys| *phys != 0)
+}
+
+/// Returns the FDT that was handed over.
+pub(crate) fn in_fdt() -> Option<Fdt> {
+    let fdt = kho_sys::virt(handover()?);
+    // SAFETY: There is preserved memory of that size, which stays reserved.
+    unsafe { Fdt::new(fdt, IN_FDT_LEN.load(Ordering::Relaxed)) }.ok()
+}
+
+/// Physical address of the outgoing tree's root; 0 until there is one.
+static OUT_TREE: AtomicU64 = AtomicU64::new(0);
+
+/// Physical address of the outgoing FDT's page; 0 until there is one.
+static OUT_FDT: AtomicU64 = AtomicU64::new(0);
+
+/// Returns the tree of what this kernel preserves, if KHO is on and up.
+#[inline(always)]
+pub(crate) fn out_tree() -> Option<Tree<Direct>> {
+    let root = NodeAddr::new(OUT_TREE.load(Ordering::Acquire))?;
+    // SAFETY: The tree is this kernel's own.
+    Some(Tree::from_root(unsafe { Direct::new() }, root))
+}
+
+/// Returns the physical address of the FDT to hand over, if KHO is on and up.
+pub(crate) fn out_fdt() -> Option<u64> {
+    Some(OUT_FDT.load(Ordering::Acquire)).filter(|phys| *phys != 0)
+}
+
+/// Calls `edit` with the outgoing FDT, then shows it in debugfs as it is now.
+fn edit_fdt<T>(edit: impl FnOnce(&mut RootFdt) -> T) -> Option<T> {
+    let page = kho_sys::virt(out_fdt()?);
+    // SAFETY: `init()` made an FDT of it.
+    Some(unsafe {
+        RootFdt::with(page, |fdt| {
+            let result = edit(fdt);
+            // debugfs shows as many bytes as it is told when the file is made.
+            hide(page);
+            show(c"fdt".as_char_ptr(), page, fdt.read().size(), true);
+            result
+        })
+    })
+}
+
+/// Whether there is a place in debugfs; there is none with `debugfs=off`, and KHO works without.
+static DEBUGFS: AtomicBool = AtomicBool::new(false);
+
+/// Shows a blob in debugfs.
+///
+/// # Safety
+///
+/// `name` must be a string that ends with a NUL; `blob` must have `size` bytes until [`hide`].
+unsafe fn show(name: *const c_char, blob: *const c_void, size: usize, root: bool) {
+    if DEBUGFS.load(Ordering::Relaxed) {
+        // SAFETY: By the caller's contract.
+        let error = unsafe { bindings::kho_glue_debugfs_add(name, blob, size, root) };
+        if error != 0 {
+            pr_warn_once!("a blob is not shown in debugfs: error {error}\n");
+        }
+    }
+}
+
+/// Takes a blob out of debugfs, if it is there.
+fn hide(blob: *mut c_void) {
+    if DEBUGFS.load(Ordering::Relaxed) {
+        // SAFETY: Takes any address.
+        unsafe { bindings::kho_glue_debugfs_remove(blob) };
+    }
+}
+
+/// Hands over `size` bytes at `blob` under `name`. Preserving them is the caller's task.
+///
+/// # Errors
+///
+/// `EOPNOTSUPP` with KHO off, `EEXIST` if there is such a name, `EINVAL` for no blob, `ENOMEM` if
+/// the FDT is full.
+///
+/// # Safety
+///
+/// `name` must point to a string that ends with a NUL; `blob` must be in the direct map.
+pub(crate) unsafe fn add_subtree(name: *const c_char, blob: *mut c_void, size: usize) -> Result {
+    out_fdt().ok_or(EOPNOTSUPP)?;
+    if blob.is_null() {
+        return Err(EINVAL);
+    }
+    let record = Blob {
+        phys: kho_sys::phys(blob),
+        size: size as u64,
+    };
+    // SAFETY: By the caller's contract.
+    let added = edit_fdt(|fdt| unsafe {
+        let result = fdt.add(name, record);
+        if result.is_ok() {
+            show(name, blob, size, false);
+        }
+        result
+    });
+    match added {
+        None => Err(EOPNOTSUPP),
+        Some(Ok(())) => Ok(()),
+        Some(Err(FdtError::Exists)) => Err(EEXIST),
+        Some(Err(_)) => Err(ENOMEM),
+    }
+}
+
+/// Undoes [`add_subtree`].
+pub(crate) fn remove_subtree(blob: *mut c_void) {
+    if blob.is_null() {
+        return;
+    }
+    edit_fdt(|fdt| {
+        if fdt.remove(kho_sys::phys(blob)) {
+            hide(blob);
+        }
+    });
+}
+
+/// Returns the blob that the last kernel handed over under `name`.
+///
+/// # Errors
+///
+/// `ENOENT` if there is none, `EINVAL` if it is broken.
+///
+/// # Safety
+///
+/// `name` must point to a string that ends with a NUL.
+pub(crate) unsafe fn subtree(name: *const c_char) -> Result<Blob> {
+    let fdt = in_fdt().ok_or(ENOENT)?;
+    // SAFETY: By the caller's contract.
+    match unsafe { fdt.blob(name) } {
+        Ok(blob) => Ok(blob),
+        Err(FdtError::Absent) => Err(ENOENT),
+        Err(error) => {
+            pr_warn!("handed-over FDT: {}\n", error.what());
+            Err(EINVAL)
+        }
+    }
+}
+
+/// Makes the outgoing tree and FDT. Called once, as an `fs_initcall`.
+#[link_section = ".init.text"]
+pub(crate) fn init() -> Result {
+    if !is_enabled() {
+        return Ok(());
+    }
+    let result = init_out();
+    match &result {
+        Ok(()) => kho_memblock::open_scratch(),
+        Err(error) => {
+            pr_err!("cannot set up the next handover, disabling kexec handover: {error:?}\n");
+            set_enabled(false);
+            kho_memblock::free_scratch();
+        }
+    }
+    result
+}
+
+#[link_section = ".init.text"]
+fn init_out() -> Result {
+    // SAFETY: The tree is made here.
+    let tree = Tree::new(unsafe { Direct::new() }).map_err(|_| ENOMEM)?;
+    let root = tree.root();
+    OUT_TREE.store(root.get(), Ordering::Release);
+    if let Err(error) = init_fdt(root) {
+        OUT_FDT.store(0, Ordering::Release);
+        OUT_TREE.store(0, Ordering::Release);
+        tree.destroy();
+        return Err(error);
+    }
+    Ok(())
+}
+
+#[link_section = ".init.text"]
+fn init_fdt(root: NodeAddr) -> Result {
+    let page = kho_pages::alloc_preserve(bindings::PAGE_SIZE)?;
+    // SAFETY: The page is ours.
+    unsafe { RootFdt::create(page, root) }.map_err(|_| EINVAL)?;
+    OUT_FDT.store(kho_sys::phys(page), Ordering::Release);
+
+    // SAFETY: Called once, while booting.
+    let error = unsafe { bindings::kho_glue_debugfs_init() };
+    if error == 0 {
+        DEBUGFS.store(true, Ordering::Relaxed);
+    } else {
+        pr_warn!("not in debugfs: error {error}\n");
+    }
+    edit_fdt(|_| ());
+
+    let in_fdt = in_fdt();
+    let count = kho_kexec::read_metadata();
+    // Only a number and a name get lost.
+    if let Err(error) = kho_kexec::write_metadata(count.wrapping_add(1)) {
+        pr_warn!("failed to initialize kexec-metadata subtree: {error:?}\n");
+    }
+    if let Some(fdt) = in_fdt.filter(|_| error == 0) {
+        // debugfs takes every address as it is.
+        if fdt
+            .blobs()
+            .all(|blob| blob.is_ok_and(kho_memblock::is_blob_ram))
+        {
+            if let Some(phys) = handover() {
+                // SAFETY: It is an FDT, all of whose subtrees name memory.
+                unsafe { bindings::kho_glue_debugfs_in(kho_sys::virt(phys)) };
+            }
+        } else {
+            pr_warn!("handed-over FDT: not shown in debugfs, as a subtree names no memory\n");
+        }
+    }
+    Ok(())
+}
+
+/// Gives back the nodes of the outgoing tree that have become empty.
+pub(crate) fn prune() {
+    if let Some(tree) = out_tree() {
+        kho_sys::prune_alone(|| {
+            tree.prune();
+        });
+    }
+}

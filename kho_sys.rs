@@ -1,0 +1,590 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The thin ring: memory, struct pages, locks and libfdt behind safe functions.
+//!
+//! Together with [`kho_memblock`](super::kho_memblock), which does the same for early boot, and the
+//! entry points in the crate's root, this is where unsafe code is. What is above decides; what is
+//! here does as it is told.
+
+use super::kho_fdt::{
+    self,
+    Blob,
+    FdtError, //
+};
+use super::kho_key::{
+    Block,
+    Order,
+    Pfn, //
+};
+use super::kho_radix::{
+    Gate,
+    Node,
+    NodeAddr,
+    NodeMem, //
+};
+use super::kho_range::Frames;
+use core::{
+    ptr::NonNull,
+    sync::atomic::{
+        AtomicBool,
+        AtomicUsize,
+        Ordering, //
+    },
+};
+use kernel::{
+    bindings,
+    prelude::*,
+    sync::rcu, //
+};
+
+/// The direct map is linear: what is added to a physical address to get its virtual one.
+static DIRECT_MAP: AtomicUsize = AtomicUsize::new(0);
+
+/// Learns where the direct map is. To be called once, before anything else here.
+#[link_section = ".init.text"]
+pub(crate) fn init_direct_map() {
+    // SAFETY: Memory is known to memblock and mapped by the time KHO is called at all.
+    DIRECT_MAP.store(
+        unsafe { bindings::kho_glue_direct_map() },
+        Ordering::Relaxed,
+    );
+}
+
+/// Returns the address at which memory at `phys` is mapped.
+pub(crate) fn virt<T>(phys: u64) -> *mut T {
+    // SAFETY: This is arithmetic; who uses the pointer says why there is memory.
+    unsafe { bindings::kho_glue_phys_to_virt(phys) }.cast()
+}
+
+/// Returns the physical address of memory in the direct map.
+pub(crate) fn phys<T>(virt: *mut T) -> u64 {
+    // SAFETY: This is arithmetic.
+    unsafe { bindings::kho_glue_virt_to_phys(virt.cast()) }
+}
+
+/// Tree nodes in the direct map.
+pub(crate) struct Direct {
+    offset: usize,
+}
+
+impl Direct {
+    /// Returns the direct map as memory for a tree.
+    ///
+    /// # Safety
+    ///
+    /// Every address in the tree it is used with must be that of a page which holds a node for as
+    /// long as the tree is used: either this kernel made the tree, or `kho_takeover::survey()` is
+    /// about to look at it or has found it sound.
+    #[inline(always)]
+    pub(crate) unsafe fn new() -> Self {
+        Self {
+            offset: DIRECT_MAP.load(Ordering::Relaxed),
+        }
+    }
+}
+
+impl NodeMem for Direct {
+    // The page allocator is there, or memblock is, which is gone later; as `__ref` in C.
+    #[link_section = ".ref.text"]
+    #[inline(never)]
+    fn alloc(&self) -> Option<NodeAddr> {
+        // SAFETY: These allocators may be called by anyone who may sleep, each in its time.
+        let page = unsafe {
+            if bindings::slab_is_available() {
+                bindings::get_zeroed_page_noprof(bindings::GFP_KERNEL) as *mut c_void
+            } else {
+                let size = bindings::PAGE_SIZE as u64;
+                bindings::memblock_alloc_try_nid(size, size, 0, 0, bindings::NUMA_NO_NODE)
+            }
+        };
+        NonNull::new(page).and_then(|page| NodeAddr::new(phys(page.as_ptr())))
+    }
+
+    #[link_section = ".ref.text"]
+    #[inline(never)]
+    fn free(&self, node: NodeAddr) {
+        let page = virt::<c_void>(node.get());
+        // SAFETY: The page came from `alloc()`, and by its contract nobody uses it. All that is
+        // allocated from memblock is freed before slab is up.
+        unsafe {
+            if bindings::slab_is_available() {
+                bindings::free_pages(page as usize, 0);
+            } else {
+                bindings::memblock_free(page, bindings::PAGE_SIZE);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn node(&self, addr: NodeAddr) -> &Node {
+        let virt = (addr.get() as usize).wrapping_add(self.offset);
+        // SAFETY: By the contract of `Direct::new()` there is a node, which is made of words that
+        // are only accessed atomically.
+        unsafe { &*(virt as *const Node) }
+    }
+}
+
+/// Set while the outgoing tree is being pruned.
+static PRUNING: AtomicBool = AtomicBool::new(false);
+
+/// The gate of the outgoing tree.
+///
+/// Who is in the tree holds the RCU read lock and has seen [`PRUNING`] unset; so once a grace
+/// period has passed since it was set, whoever prunes is alone. Who comes meanwhile waits for the
+/// prune mutex.
+pub(crate) struct PruneGate;
+
+impl Gate for PruneGate {
+    type Pass<'a> = rcu::Guard;
+
+    #[inline(always)]
+    fn enter(&self) -> rcu::Guard {
+        loop {
+            let guard = rcu::read_lock();
+            if !PRUNING.load(Ordering::Relaxed) {
+                return guard;
+            }
+            drop(guard);
+            wait_for_prune();
+        }
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn wait_for_prune() {
+    // SAFETY: The mutex is a static one; the caller holds no lock.
+    unsafe {
+        bindings::kho_glue_lock_prune();
+        bindings::kho_glue_unlock_prune();
+    }
+}
+
+/// Calls `prune` while nobody is in the outgoing tree.
+pub(crate) fn prune_alone(prune: impl FnOnce()) {
+    // SAFETY: The mutex is a static one, and this runs from a work queue, where waiting for a
+    // grace period is allowed.
+    unsafe { bindings::kho_glue_lock_prune() };
+    PRUNING.store(true, Ordering::Relaxed);
+    // SAFETY: As above.
+    unsafe { bindings::synchronize_rcu() };
+    prune();
+    PRUNING.store(false, Ordering::Relaxed);
+    // SAFETY: Locked above.
+    unsafe { bindings::kho_glue_unlock_prune() };
+}
+
+/// Has the outgoing tree pruned in a while.
+#[cold]
+pub(crate) fn schedule_prune() {
+    // SAFETY: The work is a static one.
+    unsafe { bindings::kho_glue_schedule_prune() };
+}
+
+/// Returns the frame number and order of a folio.
+///
+/// # Safety
+///
+/// `folio` must point to a folio that stays what it is during the call.
+#[inline(always)]
+pub(crate) unsafe fn folio_block(folio: *mut bindings::folio) -> Option<Block> {
+    // SAFETY: By the caller's contract.
+    let folio = unsafe { bindings::kho_glue_folio(folio) };
+    Block::new(Pfn::new(folio.pfn as u64)?, Order::new(folio.order)?)
+}
+
+/// Returns the frames of `count` struct pages from `page` on.
+///
+/// # Safety
+///
+/// `page` must point to a struct page.
+pub(crate) unsafe fn page_frames(page: *mut bindings::page, count: usize) -> Option<Frames> {
+    // SAFETY: By the caller's contract.
+    let pfn = unsafe { bindings::kho_glue_page_to_pfn(page) };
+    Frames::new(Pfn::new(pfn as u64)?, count as u64)
+}
+
+/// Returns whether two frames are on the same NUMA node.
+#[inline(always)]
+pub(crate) fn one_node(first: u64, last: u64) -> bool {
+    // SAFETY: The frames have struct pages: they are those of memory that somebody preserves.
+    cfg!(not(CONFIG_NUMA))
+        || unsafe {
+            bindings::kho_glue_pfn_to_nid(first as usize)
+                == bindings::kho_glue_pfn_to_nid(last as usize)
+        }
+}
+
+/// What `page->private` says of the first page of a block that was taken over.
+///
+/// Only this kernel reads it; it is not part of the handover.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(usize)]
+pub(crate) enum Mark {
+    /// Preserved, and not asked for yet; "KHOP".
+    Preserved = 0x4b48_4f50,
+    /// About to be restored, if all that belongs to it can be, too.
+    Claimed = 0x4b48_4f51,
+}
+
+/// Bits of [`Mark`] in `page->private`, above the order.
+const MARK_SHIFT: u32 = 32;
+
+/// A struct page.
+///
+/// # Invariants
+///
+/// The pointer is that of a struct page of memory that is online or was taken over, which is not
+/// removed.
+#[derive(Clone, Copy)]
+pub(crate) struct Page(NonNull<bindings::page>);
+
+impl Page {
+    /// Returns the struct page of a frame that is online.
+    pub(crate) fn online(pfn: u64) -> Option<Self> {
+        // SAFETY: Takes any number.
+        let page = unsafe { bindings::kho_glue_pfn_to_online_page(pfn as usize) };
+        // INVARIANT: It is online.
+        NonNull::new(page).map(Self)
+    }
+
+    /// Returns the struct page of a frame, online or not.
+    ///
+    /// # Safety
+    ///
+    /// The frame must be RAM that the kernel knows of.
+    pub(crate) unsafe fn of(pfn: u64) -> Option<Self> {
+        // SAFETY: By the caller's contract there is a struct page.
+        let page = unsafe { bindings::kho_glue_pfn_to_page(pfn as usize) };
+        // INVARIANT: It is RAM, which is online from boot on.
+        NonNull::new(page).map(Self)
+    }
+
+    /// Returns the pointer.
+    pub(crate) fn as_ptr(self) -> *mut bindings::page {
+        self.0.as_ptr()
+    }
+
+    fn private(&self) -> &AtomicUsize {
+        // SAFETY: By the type invariant there is a struct page, and `private` is a word in it,
+        // aligned as one. Nobody else uses that of preserved memory.
+        unsafe { AtomicUsize::from_ptr(bindings::kho_glue_page_private(self.as_ptr())) }
+    }
+
+    /// Returns the order of the block that starts here, if it carries `mark`.
+    pub(crate) fn order(self, mark: Mark) -> Option<Order> {
+        let private = self.private().load(Ordering::Relaxed);
+        if private >> MARK_SHIFT != mark as usize {
+            return None;
+        }
+        Order::new(private as u32)
+    }
+
+    /// Writes `mark` and the order.
+    pub(crate) fn mark(self, mark: Mark, order: Order) {
+        let private = (mark as usize) << MARK_SHIFT | order.get() as usize;
+        self.private().store(private, Ordering::Relaxed);
+    }
+
+    /// Turns mark `from` into `to`; returns the order, or [`None`] if somebody else was faster.
+    pub(crate) fn turn(self, from: Mark, to: Mark) -> Option<Order> {
+        let order = self.order(from)?;
+        let word = |mark: Mark| (mark as usize) << MARK_SHIFT | order.get() as usize;
+        self.private()
+            .compare_exchange(word(from), word(to), Ordering::AcqRel, Ordering::Relaxed)
+            .ok()?;
+        Some(order)
+    }
+
+    /// Makes the claimed block a folio that the caller has the only reference to.
+    pub(crate) fn into_folio(self, order: Order) -> *mut bindings::folio {
+        self.private().store(0, Ordering::Relaxed);
+        // SAFETY: The block was claimed, so that it is nobody else's; all of it was preserved.
+        unsafe {
+            bindings::kho_glue_init_folio(self.as_ptr(), order.get());
+            bindings::kho_glue_page_folio(self.as_ptr())
+        }
+    }
+
+    /// Makes the claimed block single pages that the caller has the only reference to.
+    pub(crate) fn into_pages(self, order: Order) {
+        self.private().store(0, Ordering::Relaxed);
+        // SAFETY: As for `into_folio()`.
+        unsafe { bindings::kho_glue_init_pages(self.as_ptr(), order.pages() as usize) };
+    }
+}
+
+/// Frees a page that was restored, or allocated as a chunk.
+///
+/// # Safety
+///
+/// The caller must have the only reference to the page at `phys`.
+pub(crate) unsafe fn free_page(phys: u64) {
+    // SAFETY: By the caller's contract.
+    unsafe { bindings::free_pages(virt::<c_void>(phys) as usize, 0) };
+}
+
+/// Allocates a page of zeroes and returns its physical address.
+pub(crate) fn alloc_page() -> Option<u64> {
+    // SAFETY: The caller may sleep.
+    let page = unsafe { bindings::get_zeroed_page_noprof(bindings::GFP_KERNEL) };
+    (page != 0).then(|| phys(page as *mut c_void))
+}
+
+/// Returns the physical addresses and sizes of the scratch areas.
+pub(crate) fn scratch() -> &'static [bindings::kho_scratch] {
+    // SAFETY: Both are written in early boot only, the pointer before the count's areas are looked
+    // at, and the array stays.
+    unsafe {
+        if bindings::kho_scratch.is_null() {
+            return &[];
+        }
+        core::slice::from_raw_parts(bindings::kho_scratch, bindings::kho_scratch_cnt as usize)
+    }
+}
+
+/// Returns whether any of the `size` bytes at `phys` is in a scratch area.
+#[inline]
+pub(crate) fn in_scratch(phys: u64, size: u64) -> bool {
+    let end = phys.saturating_add(size);
+    scratch()
+        .iter()
+        .any(|area| phys < area.addr.saturating_add(area.size) && area.addr < end)
+}
+
+/// An FDT in memory.
+///
+/// # Invariants
+///
+/// The header states a size within which all of it is mapped, and libfdt knows its version.
+pub(crate) struct Fdt(*const c_void);
+
+/// A node of an FDT: libfdt's offset.
+#[derive(Clone, Copy)]
+struct FdtNode(c_int);
+
+impl FdtNode {
+    const ROOT: Self = Self(0);
+}
+
+impl Fdt {
+    /// Checks that there is an FDT at `fdt`.
+    ///
+    /// # Safety
+    ///
+    /// `len` bytes at `fdt` must be readable for as long as the result is used.
+    pub(crate) unsafe fn new(fdt: *const c_void, len: u64) -> Result<Self, FdtError> {
+        if len < kho_fdt::HEADER_LEN as u64 {
+            return Err(FdtError::Size(len as u32));
+        }
+        // SAFETY: That many bytes are readable.
+        let header = unsafe { fdt.cast::<[u8; kho_fdt::HEADER_LEN]>().read_unaligned() };
+        kho_fdt::total_size(&header, len)?;
+        // SAFETY: The size covers a header, and is covered by `len`.
+        match unsafe { bindings::fdt_check_header(fdt) } {
+            // INVARIANT: Checked.
+            0 => Ok(Self(fdt)),
+            error => Err(FdtError::Format(error)),
+        }
+    }
+
+    /// Returns the total size that the header states.
+    pub(crate) fn size(&self) -> usize {
+        // SAFETY: By the type invariant there is a header.
+        let size = unsafe { self.0.cast::<[u8; 4]>().add(1).read_unaligned() };
+        u32::from_be_bytes(size) as usize
+    }
+
+    fn property(&self, node: FdtNode, name: &[u8]) -> Option<&[u8]> {
+        let mut len = 0;
+        // SAFETY: By the type invariant this is an FDT, in whose size libfdt stays; `name` ends
+        // with a NUL.
+        unsafe {
+            let value = bindings::fdt_getprop(self.0, node.0, name.as_ptr(), &mut len);
+            if value.is_null() {
+                return None;
+            }
+            Some(core::slice::from_raw_parts(
+                value.cast(),
+                usize::try_from(len).ok()?,
+            ))
+        }
+    }
+
+    /// Checks the root node and returns where it says that the tree is.
+    pub(crate) fn memory_map(&self) -> Result<NodeAddr, FdtError> {
+        // SAFETY: As in `property()`.
+        let error = unsafe {
+            bindings::fdt_node_check_compatible(self.0, 0, bindings::KHO_FDT_COMPATIBLE.as_ptr())
+        };
+        if error != 0 {
+            return Err(FdtError::Compatible);
+        }
+        kho_fdt::memory_map(self.property(FdtNode::ROOT, bindings::KHO_FDT_MEMORY_MAP_PROP_NAME))
+    }
+
+    fn blob_at(&self, node: FdtNode) -> Result<Blob, FdtError> {
+        Blob::from_properties(
+            self.property(node, bindings::KHO_SUB_TREE_PROP_NAME),
+            self.property(node, bindings::KHO_SUB_TREE_SIZE_PROP_NAME),
+        )
+    }
+
+    /// Returns the blob of the subtree `name`.
+    ///
+    /// # Safety
+    ///
+    /// `name` must point to a string that ends with a NUL.
+    pub(crate) unsafe fn blob(&self, name: *const c_char) -> Result<Blob, FdtError> {
+        // SAFETY: As in `property()`.
+        match unsafe { bindings::fdt_subnode_offset(self.0, 0, name) } {
+            node if node >= 0 => self.blob_at(FdtNode(node)),
+            _ => Err(FdtError::Absent),
+        }
+    }
+
+    fn subtrees(&self) -> impl Iterator<Item = FdtNode> + '_ {
+        // SAFETY: As in `property()`.
+        let mut next = unsafe { bindings::fdt_first_subnode(self.0, 0) };
+        core::iter::from_fn(move || {
+            let node = next;
+            if node < 0 {
+                return None;
+            }
+            // SAFETY: As in `property()`.
+            next = unsafe { bindings::fdt_next_subnode(self.0, node) };
+            Some(FdtNode(node))
+        })
+    }
+
+    /// Returns the blobs of all subtrees.
+    pub(crate) fn blobs(&self) -> impl Iterator<Item = Result<Blob, FdtError>> + '_ {
+        self.subtrees().map(|node| self.blob_at(node))
+    }
+}
+
+/// The root FDT that this kernel hands over: one page, always complete.
+///
+/// # Invariants
+///
+/// The page holds an FDT that libfdt wrote; only the holder of a `RootFdt` writes it.
+pub(crate) struct RootFdt(*mut c_void);
+
+impl RootFdt {
+    /// Calls `edit` with the FDT at `page`, alone.
+    ///
+    /// # Safety
+    ///
+    /// `page` must be the page that [`RootFdt::create`] was called on.
+    pub(crate) unsafe fn with<T>(page: *mut c_void, edit: impl FnOnce(&mut Self) -> T) -> T {
+        // SAFETY: The mutex is a static one, and the caller may sleep.
+        unsafe { bindings::kho_glue_lock_fdt() };
+        // INVARIANT: By the caller's contract and the lock.
+        let result = edit(&mut Self(page));
+        // SAFETY: Locked above.
+        unsafe { bindings::kho_glue_unlock_fdt() };
+        result
+    }
+
+    /// Writes an FDT without subtrees that names `map`.
+    ///
+    /// # Safety
+    ///
+    /// `page` must be a page that nobody else uses.
+    pub(crate) unsafe fn create(page: *mut c_void, map: NodeAddr) -> Result<(), FdtError> {
+        let map = map.get().to_ne_bytes();
+        let name = bindings::KHO_FDT_MEMORY_MAP_PROP_NAME;
+        let compatible = bindings::KHO_FDT_COMPATIBLE;
+        let checked = |error: c_int| match error {
+            0 => Ok(()),
+            error => Err(FdtError::Format(error)),
+        };
+        // SAFETY: The page is writable, `fdt_create()` is told its size, and all that is written
+        // is as long as said.
+        unsafe {
+            checked(bindings::fdt_create(page, bindings::PAGE_SIZE as c_int))?;
+            checked(bindings::fdt_finish_reservemap(page))?;
+            checked(bindings::fdt_begin_node(page, c"".as_char_ptr()))?;
+            checked(bindings::fdt_property(
+                page,
+                c"compatible".as_char_ptr(),
+                compatible.as_ptr().cast(),
+                compatible.len() as c_int,
+            ))?;
+            checked(bindings::fdt_property(
+                page,
+                name.as_ptr(),
+                map.as_ptr().cast(),
+                map.len() as c_int,
+            ))?;
+            checked(bindings::fdt_end_node(page))?;
+            checked(bindings::fdt_finish(page))
+        }
+    }
+
+    /// Returns the FDT for reading.
+    pub(crate) fn read(&self) -> Fdt {
+        // INVARIANT: By the type invariant.
+        Fdt(self.0)
+    }
+
+    /// Adds the subtree `name` for `blob`, all of it or nothing.
+    ///
+    /// # Safety
+    ///
+    /// `name` must point to a string that ends with a NUL.
+    pub(crate) unsafe fn add(&mut self, name: *const c_char, blob: Blob) -> Result<(), FdtError> {
+        let set = |node: c_int, name: &[u8], value: u64| {
+            let value = value.to_ne_bytes();
+            // SAFETY: By the type invariant this is an FDT; `name` ends with a NUL, which is not
+            // counted.
+            unsafe {
+                bindings::fdt_setprop_namelen(
+                    self.0,
+                    node,
+                    name.as_ptr(),
+                    name.len().wrapping_sub(1) as c_int,
+                    value.as_ptr().cast(),
+                    value.len() as c_int,
+                )
+            }
+        };
+        // SAFETY: The page is as long as libfdt is told. Removing the node that was added last
+        // and packing cannot fail.
+        unsafe {
+            if bindings::fdt_open_into(self.0, self.0, bindings::PAGE_SIZE as c_int) < 0 {
+                return Err(FdtError::Full);
+            }
+            let node = bindings::fdt_add_subnode(self.0, 0, name);
+            let result = if node == -(bindings::FDT_ERR_EXISTS as c_int) {
+                Err(FdtError::Exists)
+            } else if node < 0 {
+                Err(FdtError::Full)
+            } else if set(node, bindings::KHO_SUB_TREE_PROP_NAME, blob.phys) < 0
+                || set(node, bindings::KHO_SUB_TREE_SIZE_PROP_NAME, blob.size) < 0
+            {
+                bindings::fdt_del_node(self.0, node);
+                Err(FdtError::Full)
+            } else {
+                Ok(())
+            };
+            bindings::fdt_pack(self.0);
+            result
+        }
+    }
+
+    /// Removes the subtree whose blob is at `phys`; returns whether there was one.
+    pub(crate) fn remove(&mut self, phys: u64) -> bool {
+        let fdt = self.read();
+        let found = fdt
+            .subtrees()
+            .find(|node| Blob::is_at(fdt.property(*node, bindings::KHO_SUB_TREE_PROP_NAME), phys));
+        let Some(node) = found else { return false };
+        // SAFETY: By the type invariant this is an FDT, and libfdt has just found the node in it.
+        unsafe {
+            bindings::fdt_del_node(self.0, node.0);
+            bindings::fdt_pack(self.0);
+        }
+        true
+    }
+}
