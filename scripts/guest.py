@@ -1,0 +1,439 @@
+# SPDX-License-Identifier: GPL-2.0
+"""Boots kernels in QEMU, one after the other in the same guest by kexec.
+
+A guest gets a small initramfs (busybox, kho-guest, init.sh) and shares one
+directory with the host over 9p: scripts for its kernels go in, results come
+out.  The serial log holds what every kernel said; each of them must be clean.
+"""
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+TOP = Path(__file__).resolve().parent.parent
+CACHE = Path(os.environ["CACHE"])
+SRC = Path((CACHE / "source.path").read_text().strip())
+GUEST = TOP / "scripts/guest"
+WORK = CACHE / "guest"
+CMDLINE = "console=ttyS0 earlycon=uart8250,io,0x3f8,115200n8 panic=-1"
+HANG = 180
+COMPILING = threading.Lock()
+
+# Nothing like this is ever all right.  "panic=" is on the command line.
+BAD = re.compile(r"panic(?!=)|Oops|BUG:|WARNING:|Call Trace|KASAN|general protection|refcount_t"
+                 r"|hung task|blocked for more than|soft lockup|rcu: INFO")
+
+
+class Fail(Exception):
+    pass
+
+
+def say(text):
+    start = int(os.environ.setdefault("KHO_T0", str(int(time.time()))))
+    print(f"[{int(time.time()) - start:6d}s] {text}", file=sys.stderr, flush=True)
+
+
+# Programs and the initramfs.
+
+def command(*args):
+    done = subprocess.run([str(a) for a in args], capture_output=True, text=True)
+    if done.returncode:
+        raise Fail(f"{args[0]} failed: {' '.join(str(a) for a in args)}\n{done.stdout}{done.stderr}")
+
+
+@functools.cache
+def headers():
+    """The kernel's headers for user space."""
+    usr = WORK / ("headers-" + SRC.name)
+    if not usr.exists():
+        say("guest: installing kernel headers")
+        temp = Path(tempfile.mkdtemp(dir=WORK))
+        command("make", "-s", "-C", SRC, f"O={temp}/build", f"INSTALL_HDR_PATH={temp}/usr",
+                "headers_install")
+        (temp / "usr").rename(usr)
+        shutil.rmtree(temp)
+    return usr / "include"
+
+
+def program(name, *sources, flags=()):
+    """Compiles a static program, if its sources changed, and returns its path."""
+    with COMPILING:
+        return compiled(name, *sources, flags=flags)
+
+
+def compiled(name, *sources, flags=()):
+    flags = ["-static", "-O2", "-Wall", *flags, "-isystem" if "-nostdinc" not in flags else "-I",
+             str(headers())]
+    key = hashlib.sha256(repr((sources, flags)).encode())
+    for source in sources:
+        key.update(Path(source).read_bytes())
+    out = WORK / f"{name}-{key.hexdigest()[:12]}"
+    if not out.exists():
+        for old in WORK.glob(f"{name}-*"):
+            old.unlink()
+        command("gcc", *flags, "-o", f"{out}.new", *sources)
+        Path(f"{out}.new").rename(out)
+    return out
+
+
+def selftest(directory, name, nolibc=True):
+    """A program of the tree's own selftests, unmodified, built as its vmtest.sh does."""
+    base = SRC / "tools/testing/selftests"
+    flags = [f"-I{base}/liveupdate/lib/include"]
+    if nolibc:
+        flags += ["-nostdinc", "-nostdlib", "-fno-asynchronous-unwind-tables", "-fno-ident",
+                  "-fno-stack-protector", f"-I{SRC}/tools/include/nolibc"]
+    else:
+        flags += ["-Wno-unused-function", "-D_GNU_SOURCE="]
+    sources = [base / directory / f"{name}.c"]
+    if name != "init":
+        sources.append(base / "liveupdate/lib/lu_utils.c")
+    return program(f"{directory}-{name}", *sources, flags=tuple(flags))
+
+
+class Cpio:
+    """An archive in the newc format, as the kernel unpacks it."""
+
+    def __init__(self):
+        self.data = bytearray()
+        self.inode = 0
+
+    def _add(self, name, mode, content=b"", rdev=(0, 0)):
+        self.inode += 1
+        name = name.encode() + b"\0"
+        fields = (self.inode, mode, 0, 0, 1, 0, len(content), 0, 0, *rdev, len(name), 0)
+        self.data += b"070701" + b"".join(b"%08x" % field for field in fields) + name
+        self.data += bytes(-len(self.data) % 4) + content
+        self.data += bytes(-len(self.data) % 4)
+
+    def dirs(self, *names):
+        for name in names:
+            self._add(name, 0o40755)
+        return self
+
+    def console(self):
+        self._add("dev/console", 0o20600, rdev=(5, 1))
+        return self
+
+    def file(self, name, path):
+        self._add(name, 0o100755, Path(path).read_bytes())
+        return self
+
+    def link(self, name, target):
+        self._add(name, 0o120777, target.encode())
+        return self
+
+    def write(self, path):
+        self._add("TRAILER!!!", 0)
+        Path(path).write_bytes(self.data)
+        return path
+
+
+def initrd(path, **programs):
+    """The initramfs of our own tests, with more programs where wanted."""
+    busybox = shutil.which("busybox")
+    cpio = Cpio().dirs("dev", "proc", "sys", "mnt", "bin", "tmp").console()
+    cpio.file("init", GUEST / "init.sh").file("bin/busybox", busybox)
+    for applet in subprocess.check_output([busybox, "--list"], text=True).split():
+        if applet != "busybox":
+            cpio.link(f"bin/{applet}", "busybox")
+    cpio.file("bin/kho-guest", program("kho-guest", GUEST / "kho-guest.c"))
+    for name, binary in programs.items():
+        cpio.file(f"bin/{name}", binary)
+    return cpio.write(path)
+
+
+# QEMU.
+
+@functools.cache
+def accel():
+    """kvm only where it works: some hosts have a /dev/kvm that never answers."""
+    flags = Path("/proc/cpuinfo").read_text()
+    if not re.search(r"\b(vmx|svm)\b", flags) or not os.access("/dev/kvm", os.W_OK):
+        return "tcg"
+    with tempfile.NamedTemporaryFile(suffix=".img") as disk:
+        # A boot sector that writes 0 to the debug exit port, which ends QEMU.
+        disk.write(b"\xb0\x00\xe6\xf4\xf4".ljust(510, b"\0") + b"\x55\xaa" + bytes(1440 * 1024 - 512))
+        disk.flush()
+        probe = subprocess.Popen(
+            ["qemu-system-x86_64", "-accel", "kvm", "-display", "none", "-nodefaults", "-no-reboot",
+             "-device", "isa-debug-exit,iobase=0xf4", "-drive", f"if=floppy,format=raw,file={disk.name}"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            return "kvm" if probe.wait(10) == 1 else "tcg"
+        except subprocess.TimeoutExpired:
+            probe.kill()
+            return "tcg"
+
+
+def megabytes(size):
+    match = re.fullmatch(r"(\d+)([MG]?)", size.upper())
+    if not match or not int(match[1]):
+        raise Fail(f"bad size of memory: {size}")
+    return int(match[1]) * (1024 if match[2] == "G" else 1)
+
+
+class Run:
+    """What a guest left behind."""
+
+    def __init__(self, log, share, hang):
+        self.hang = hang
+        self.share = share
+        text = log.read_text(errors="replace").replace("\r", "") if log.exists() else ""
+        # Each kernel's part starts with the line that has its banner.
+        self.kernels = re.split(r"^(?=.*Linux version \d)", text, flags=re.M)[1:]
+        result = share / "result" if share else None
+        lines = result.read_text(errors="replace").splitlines() if result and result.exists() else []
+        self.results = [(int(line.split()[0]), line.split(" ", 1)[1]) for line in lines
+                        if re.match(r"\d+ ", line)]
+
+    def said(self, stage, pattern):
+        """Every line of a kernel's log that matches, without its time stamp."""
+        text = self.kernels[stage - 1] if stage <= len(self.kernels) else ""
+        return [re.sub(r"^\[ *[\d.]+\] ", "", line) for line in text.splitlines()
+                if re.search(pattern, line)]
+
+    def printed(self, stage, pattern):
+        """Fails unless a program printed that; the kernel's lines may come in between."""
+        text = self.kernels[stage - 1] if stage <= len(self.kernels) else ""
+        found = re.search(pattern, re.sub(r"\[ *\d+\.\d{6}\] .*\n", "", text))
+        if not found:
+            raise Fail(f"a program in kernel {stage} did not print: {pattern}")
+        return found[0]
+
+    def reported(self, stage, word):
+        """What the guest reported in a stage in lines that start with a word."""
+        return [line[len(word):].strip() for at, line in self.results
+                if at == stage and (line + " ").startswith(word + " ")]
+
+    def expect(self, kernels, ends_with=None):
+        """Fails unless the guest got that far and every kernel's log is clean.
+
+        ends_with: a panic that the last kernel is meant to end with.
+        """
+        for number, text in enumerate(self.kernels, 1):
+            if ends_with and number == kernels:
+                text = text.split(ends_with)[0]
+            for line in text.splitlines():
+                if BAD.search(line):
+                    raise Fail(f"kernel {number} said: {line.strip()}")
+        for stage, line in self.results:
+            if line.startswith("failed"):
+                last = [text for at, text in self.results if at == stage][-2:-1]
+                raise Fail(f"kernel {stage}: {line}: {''.join(last)}")
+        if self.hang:
+            raise Fail(f"hang in kernel {len(self.kernels)}")
+        if len(self.kernels) != kernels:
+            raise Fail(f"{len(self.kernels)} kernels started, not {kernels}")
+        if self.share and not self.reported(kernels, "done"):
+            raise Fail(f"kernel {kernels} did not finish")
+
+    def expect_line(self, stage, pattern):
+        found = self.said(stage, pattern)
+        if not found:
+            raise Fail(f"kernel {stage} did not say: {pattern}")
+        return found[0]
+
+
+def qemu(log, kernel, initramfs, cmdline, share=None, mem="1G", smp=1, nodes=1, timeout=HANG,
+         ram=None, title=None, during=None):
+    """Runs a guest to its end and returns its Run."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.unlink(missing_ok=True)
+    size = megabytes(mem)
+    # No guest outlives this program, however that ends.
+    args = ["setpriv", "--pdeathsig", "KILL",
+            "qemu-system-x86_64", "-accel", accel(), "-nographic", "-nodefaults", "-no-reboot",
+            "-m", f"{size}M", "-smp", f"{smp},sockets={smp}", "-serial", f"file:{log}",
+            "-kernel", str(kernel), "-initrd", str(initramfs), "-append", f"{CMDLINE} {cmdline}"]
+    if accel() == "kvm":
+        args += ["-cpu", "host"]
+    if share:
+        args += ["-fsdev", f"local,id=kho,path={share},security_model=none,multidevs=remap",
+                 "-device", "virtio-9p-pci,fsdev=kho,mount_tag=kho"]
+    if nodes > 1:
+        for node in range(nodes):
+            args += ["-object", f"memory-backend-ram,id=mem{node},size={size // nodes}M",
+                     "-numa", f"node,nodeid={node},cpus={node},memdev=mem{node}"]
+    if ram:
+        args += ["-object", f"memory-backend-file,id=ram,size={size}M,mem-path={ram},share=on",
+                 "-machine", "memory-backend=ram"]
+    start = time.time()
+    messages = tempfile.TemporaryFile()
+    child = subprocess.Popen(args, stdin=subprocess.DEVNULL, stdout=messages, stderr=messages)
+    hang, shown = False, None
+    while child.poll() is None:
+        time.sleep(0.2)
+        if title:
+            shown = progress(title, log, share, start, shown)
+        if during:
+            during()
+        if time.time() - start > timeout:
+            hang = True
+            child.kill()
+            child.wait()
+    if title and sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr)
+    run = Run(log, share, hang)
+    if not run.kernels and not hang:
+        messages.seek(0)
+        raise Fail(f"no kernel started: {messages.read().decode(errors='replace').strip()}")
+    return run
+
+
+def progress(title, log, share, start, shown):
+    """One line on the terminal: the kernel and the step it is in."""
+    kernel = log.read_bytes().count(b"Linux version ") if log.exists() else 0
+    result = share / "result" if share else None
+    steps = re.findall(rf"^{kernel} step (.*)", result.read_text(errors="replace"), re.M) \
+        if result and result.exists() else []
+    step = f"kernel {kernel}: {steps[-1] if steps else 'booting'}" if kernel else "starting"
+    if sys.stderr.isatty():
+        print(f"\r\033[K          ... {title}: {step}, {int(time.time() - start)} s", end="",
+              file=sys.stderr, flush=True)
+    elif step != shown:
+        say(f"{title}: {step}")
+    return step
+
+
+class Guest:
+    """A shared directory and the guest that is run on it."""
+
+    def __init__(self, log, kernel, **others):
+        """others: images by the name that stage scripts call them, default next=kernel."""
+        self.log = Path(log)
+        self.dir = Path(tempfile.mkdtemp(prefix=f"{self.log.stem}-", dir=WORK))
+        self.share = self.dir / "share"
+        self.share.mkdir()
+        self.kernel = kernel
+        for name, image in {"next": kernel, **others}.items():
+            shutil.copyfile(image, self.share / name)
+        self.manifest = []
+        self.programs = {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        shutil.rmtree(self.dir, ignore_errors=True)
+
+    def add_file(self, name, data=None, path=None):
+        """Puts a file into the session that "preserve" makes; a path is moved there."""
+        target = self.share / str(len(self.manifest) + 1)
+        if path:
+            shutil.move(path, target)
+        else:
+            target.write_bytes(data)
+        with open(target, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        self.manifest.append((name, target.stat().st_size, digest))
+
+    def run(self, cmdline, stages, again=None, **options):
+        """Boots with one shell script per kernel.  again: arguments of later kernels."""
+        (self.share / "result").unlink(missing_ok=True)
+        for number, script in enumerate(stages, 1):
+            (self.share / f"stage{number}.sh").write_text(script + "\n")
+        (self.share / "manifest").write_text(
+            "".join(f"{digest} {size} {name}\n" for name, size, digest in self.manifest))
+        if os.environ.get("KHO_BREAK"):
+            cmdline += " kho_break=1"
+        (self.share / "cmdline").write_text(f"{CMDLINE} {cmdline if again is None else again}")
+        initrd(self.share / "initrd", **self.programs)
+        return qemu(self.log, self.kernel, self.share / "initrd", f"{cmdline} kho_stage=1",
+                    share=self.share, **options)
+
+    def expect_files(self, run, *stages):
+        """Fails unless each of the stages saw every file as the host has it."""
+        manifest = (self.share / "manifest").read_bytes()
+        want = [("manifest", len(manifest), hashlib.sha256(manifest).hexdigest()), *self.manifest]
+        for stage in stages:
+            got = [line.split() for line in run.reported(stage, "file")]
+            if len(got) != len(want):
+                raise Fail(f"kernel {stage} has {len(got)} files, not {len(want)}")
+            for (name, size, digest), (_, its_size, its_digest) in zip(want, got):
+                if (str(size), digest) != (its_size, its_digest):
+                    raise Fail(f"kernel {stage}: {name} differs: {its_size} bytes {its_digest}, "
+                               f"not {size} bytes {digest}")
+
+
+# make run
+
+def takeover(run, stage):
+    """The figures that the kernel prints about its takeover, or None."""
+    total = run.said(stage, r"KHO: takeover: \d+ blocks")
+    if not total:
+        return None
+    names = ("blocks", "runs", "pages", "nodes", "ns")
+    figures = dict(zip(names, map(int, re.findall(r"\d+", total[0].split("takeover:")[1]))))
+    figures["orders"] = [tuple(map(int, re.findall(r"\d+", line.split("takeover:")[1])))
+                         for line in run.said(stage, r"KHO: takeover: order \d+:")]
+    return figures
+
+
+ROUND_TRIP = ["""
+report step loading and preserving files
+echo within_size >/sys/kernel/mm/transparent_hugepage/shmem_enabled
+check kho-guest preserve run /mnt
+next_kernel next
+""", """
+report step retrieving files
+check kho-guest retrieve run
+"""]
+
+
+def round_trip(guest, **options):
+    """Files through one kexec, and the tree's lib/test_kho.c with them."""
+    return guest.run("kho=on liveupdate=on", ROUND_TRIP, **options)
+
+
+def expect_round_trip(guest, run):
+    run.expect(2)
+    guest.expect_files(run, 1, 2)
+    run.expect_line(2, "KHO restore succeeded")
+
+
+def report(guest, run):
+    size = sum(size for _, size, _ in guest.manifest)
+    figures = takeover(run, 2)
+    print(f"files      {len(guest.manifest)}, {size} bytes, and a manifest, in one session of memfds")
+    absent = "not reported by this kernel"
+    print("folios     " + (", ".join(f"{count} of order {order}" for order, count in figures["orders"])
+                           if figures else absent))
+    print("handover   " + ("{blocks} keys in {nodes} tree nodes, {runs} runs, {pages} pages".format(**figures)
+                           if figures else absent))
+    print("takeover   " + (f"{figures['ns'] / 1e6:.3f} ms in the second kernel" if figures else absent))
+    print(f"test_kho   {(run.said(2, 'KHO restore') or ['said nothing'])[0]}")
+    for index, (name, _, _) in enumerate([("manifest", 0, ""), *guest.manifest]):
+        for stage, word in (1, "before"), (2, "after"):
+            line = [line for line in run.reported(stage, "file") if line.split()[0] == str(index)]
+            print(f"{word if index or stage else word:10} {line[0].split()[2] if line else 'none':64} {name}")
+
+
+def main_run(kernel, log, mem, staged):
+    """scripts/run: staged has the files as 1, 2, ... and their names in names."""
+    WORK.mkdir(exist_ok=True)
+    reason = None
+    with Guest(log, kernel) as guest:
+        for number, name in enumerate(Path(staged, "names").read_text().splitlines(), 1):
+            guest.add_file(name, path=Path(staged, str(number)))
+        try:
+            # The guest reads some 15 MB/s where the processor is emulated.
+            patience = HANG + sum(size for _, size, _ in guest.manifest) // 4_000_000
+            run = round_trip(guest, mem=mem, smp=2, timeout=patience, title="guest")
+            report(guest, run)
+            expect_round_trip(guest, run)
+        except Fail as fail:
+            reason = str(fail)
+    print(f"handover: FAIL ({reason}; log at {log})" if reason else "handover: PASS")
+    return 1 if reason else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main_run(sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4]))

@@ -1,0 +1,512 @@
+# SPDX-License-Identifier: GPL-2.0
+"""Tests of kexec handover in QEMU; run by scripts/qemu-tests.
+
+R is the kernel with the Rust implementation, C the one with the C one.
+"""
+import concurrent.futures
+import mmap
+import os
+import random
+import re
+import struct
+import sys
+import time
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import guest as g  # noqa: E402
+from guest import Fail, Guest  # noqa: E402
+
+R, C = os.environ["RUST_KERNEL"], os.environ["C_KERNEL"]
+BREAK = bool(os.environ.get("KHO_BREAK"))
+TESTS = {}
+
+
+def test(function):
+    TESTS[function.__name__.replace("_", "-")] = function
+    return function
+
+
+def data(size, seed=1):
+    return random.Random(seed).randbytes(size)
+
+
+def make(log, kernel=None, size=300_001, **images):
+    """A guest with two small files, or one of a size, for its session."""
+    guest = Guest(log, kernel or R, **images)
+    guest.add_file("data", data(size))
+    guest.add_file("empty", b"")
+    return guest
+
+
+def expect(what, condition):
+    if not condition:
+        raise Fail(what)
+
+
+# Flattened device trees, as far as KHO uses them.
+
+def fdt_nodes(blob, file="the root FDT"):
+    """Checks a tree to its end and returns {path of node: {property: bytes}}."""
+    expect(f"{file} is shorter than a header", len(blob) >= 40)
+    magic, total, structs, strings = struct.unpack(">4I", blob[:16])
+    expect(f"{file} has magic {magic:#x}", magic == 0xd00dfeed)
+    expect(f"{file} has {len(blob)} bytes, its header says {total}", total == len(blob))
+    nodes, path, at = {}, [], structs
+    while True:
+        expect(f"{file} has no end", at + 4 <= total)
+        token, = struct.unpack_from(">I", blob, at)
+        at += 4
+        if token == 1:
+            end = blob.index(0, at)
+            path.append(blob[at:end].decode())
+            nodes["/".join(path)] = {}
+            at = (end + 4) & ~3
+        elif token == 2:
+            path.pop()
+        elif token == 3:
+            size, name = struct.unpack_from(">2I", blob, at)
+            name = blob[strings + name:blob.index(0, strings + name)].decode()
+            nodes["/".join(path)][name] = blob[at + 8:at + 8 + size]
+            at = (at + 8 + size + 3) & ~3
+        elif token == 9:
+            expect(f"{file} ends within a node", not path)
+            return nodes
+        else:
+            expect(f"{file} has token {token}", token == 4)
+
+
+SAVE_FDT = """
+report step saving debugfs
+kho=/sys/kernel/debug/kho
+for way in out in; do
+	save $way-fdt $kho/$way/fdt
+	for blob in $kho/$way/sub_fdts/*; do
+		[ ! -e "$blob" ] || report "$way blob $(basename "$blob") $(wc -c <"$blob")"
+	done
+done
+"""
+
+
+def expect_fdt(guest, run, stage, way):
+    """debugfs shows the whole handover, in or out: the tree and each of its blobs."""
+    path, file = guest.share / f"{way}-fdt.{stage}", f"kernel {stage}: {way}/fdt"
+    expect(f"{file} does not exist", path.exists())
+    nodes = fdt_nodes(path.read_bytes(), file)
+    root = nodes.pop("")
+    expect(f"{file} is not kho-v4", root.get("compatible") == b"kho-v4\0")
+    expect(f"{file} has no map", len(root.get("preserved-memory-map", b"")) == 8)
+    blobs = dict(line.rsplit(" ", 1) for line in run.reported(stage, f"{way} blob"))
+    expect(f"{file}: sub_fdts has {list(blobs)}", {"LUO", "kexec-metadata"} <= set(blobs))
+    expect(f"{file} has {list(nodes)}, sub_fdts has {list(blobs)}", len(nodes) == len(blobs))
+    for name, size in blobs.items():
+        node = nodes.get(f"/{name}")
+        expect(f"{file} lacks {name}", node is not None)
+        expect(f"{file} has no address for {name}", len(node.get("preserved-data", b"")) == 8)
+        expect(f"{file} has a wrong size for {name}",
+               node.get("blob-size") == struct.pack("=Q", int(size)))
+
+
+# Stages, as shell scripts for the guest.
+
+PRESERVE, RETRIEVE = g.ROUND_TRIP[0].replace("next_kernel next", ""), g.ROUND_TRIP[1]
+RENEW = """
+report step renewing the session
+check kho-guest renew run
+"""
+MEMORY = """
+while read -r name value _; do
+	case $name in MemTotal:|MemAvailable:) report "$name $value" ;; esac
+done </proc/meminfo
+"""
+SCRATCH = """
+for length in $(cat /sys/kernel/debug/kho/out/scratch_len); do
+	report scratch $((length))
+done
+"""
+
+
+@test
+def run(log):
+    """R -> R, what make run does"""
+    with make(log) as guest:
+        g.expect_round_trip(guest, g.round_trip(guest, smp=2))
+
+
+@test
+def selftest_kho(log):
+    """R -> R, selftests/kho: the memory test_kho preserved"""
+    cpio = g.Cpio().dirs("dev", "proc", "debugfs").console()
+    cpio.file("init", g.selftest("kho", "init")).file("kernel", R)
+    done = boot_selftest(log, cpio, "kho=on" if not BREAK else "")
+    # Its second kernel has no initramfs: the panic is how that test ends.
+    done.expect(2, ends_with="Kernel panic - not syncing: VFS: Unable to mount root fs")
+    done.expect_line(2, "KHO restore succeeded")
+
+
+def boot_selftest(log, cpio, cmdline):
+    """Boots an archive of a selftest, which has its own init."""
+    path = g.WORK / f"{log.stem}.cpio"
+    try:
+        return g.qemu(log, R, cpio.write(path), cmdline, smp=2)
+    finally:
+        path.unlink()
+
+
+@test
+def selftest_liveupdate(log):
+    """R, selftests/liveupdate: the session interface, without a kexec"""
+    with Guest(log, R) as guest:
+        guest.programs["liveupdate"] = g.selftest("liveupdate", "liveupdate", nolibc=False)
+        done = guest.run("kho=on " + ("" if BREAK else "liveupdate=on"),
+                         ["report step liveupdate\nliveupdate >/mnt/output 2>&1\nreport status $?"])
+        done.expect(1)
+        output = (guest.share / "output").read_text()
+    passed, failed = (re.findall(rf"^{word} \d+.*", output, re.M) for word in ("ok", "not ok"))
+    plan = re.search(r"^1\.\.(\d+)", output, re.M)
+    skipped = [line for line in passed if "# SKIP" in line]
+    log.with_suffix(".ktap").write_text(output)
+    for bad in failed, skipped:
+        expect(f"{len(bad)} cases: {bad[:1]}", not bad)
+    expect(f"{len(passed)} of {plan and plan[1]} cases", plan and len(passed) == int(plan[1]) >= 15)
+    expect("exit status", done.reported(1, "status") == ["0"])
+    return f"{len(passed)} cases"
+
+
+def luo_kexec(log, name):
+    """As selftests/liveupdate/vmtest.sh does it: an archive within the archive."""
+    init, binary = g.selftest("liveupdate", "init"), g.selftest("liveupdate", name)
+    inner = g.WORK / f"{log.stem}.inner"
+    cpio = g.Cpio().dirs("dev", "proc", "debugfs").console()
+    cpio.file("init", init).file("test_binary", binary).write(inner)
+    cpio = g.Cpio().dirs("dev", "proc", "debugfs").console().file("init", init).file("kernel", R)
+    cpio.file("test_binary", binary).file("initrd.img", inner)
+    inner.unlink()
+    done = boot_selftest(log, cpio, "kho=on " + ("" if BREAK else "liveupdate=on"))
+    done.expect(2)
+    done.printed(2, "INIT: Stage 2 completed successfully")
+    return done.printed(2, "[A-Z -]*TEST PASSED.*").strip("# -")
+
+
+for _name in "luo_kexec_simple", "luo_multi_session", "luo_stress_files", "luo_stress_sessions":
+    TESTS[_name.replace("_", "-")] = lambda log, name=_name: luo_kexec(log, name)
+
+
+@test
+def reserve_mem(log):
+    """R -> R, a region of reserve_mem keeps its place and its content"""
+    text = "carried by reserve_mem"
+    with make(log) as guest:
+        done = guest.run(
+            "kho=on liveupdate=on reserve_mem=4M:4096:ramoops ramoops.mem_name=ramoops "
+            "ramoops.pmsg_size=0x100000 ramoops.console_size=0x40000", [f"""
+                echo "{text if not BREAK else 'else'}" >/dev/pmsg0 || fail pmsg
+                echo "<6>console of kernel 1" >/dev/kmsg
+                next_kernel next
+                """, """
+                mount -t pstore pstore /tmp || fail pstore
+                for file in /tmp/pmsg-*; do report pmsg "$(cat "$file")"; done
+                report console "$(grep -c 'console of kernel 1' /tmp/console-*)"
+                """])
+        done.expect(2)
+        expect(f"pmsg has: {done.reported(2, 'pmsg')}", done.reported(2, "pmsg") == [text])
+        expect("the console of kernel 1 is not in pstore", done.reported(2, "console") not in ([], ["0"]))
+
+
+@test
+def chain(log):
+    """R -> R -> R -> R, the data preserved anew by each, debugfs complete in each"""
+    with make(log) as guest:
+        done = guest.run("kho=on liveupdate=on", [
+            PRESERVE + SAVE_FDT + "next_kernel next",
+            RENEW + SAVE_FDT + "next_kernel next",
+            RENEW + SAVE_FDT + "next_kernel next",
+            RETRIEVE + SAVE_FDT])
+        done.expect(4)
+        guest.expect_files(done, 1, 2, 3, 4)
+        for stage in 2, 4:
+            done.expect_line(stage, "KHO restore succeeded")
+        counts = [re.search(r"count (\d+)", done.expect_line(stage, r"KHO: exec from: .*\(count \d+\)"))[1]
+                  for stage in (2, 3, 4)]
+        expect(f"kexec counts are {counts}", counts == ["1", "2", "3"])
+        for stage in 2, 3, 4:
+            expect_fdt(guest, done, stage, "in")
+        for stage in 1, 2, 3, 4:
+            expect_fdt(guest, done, stage, "out")
+
+
+def between(log, first, second):
+    """From one implementation to the other and, for what it left behind, back."""
+    expect("RUST_KERNEL and C_KERNEL are the same", Path(R).read_bytes() != Path(C).read_bytes())
+    with make(log, first, size=3_000_001, other=second) as guest:
+        done = guest.run("kho=on liveupdate=on", [
+            PRESERVE + "next_kernel other", RENEW + "next_kernel next", RETRIEVE])
+        done.expect(3)
+        guest.expect_files(done, 1, 2, 3)
+        done.expect_line(2, "KHO restore succeeded")
+        # The Rust implementation is the one that reports its takeover.
+        for stage, kernel in (2, second), (3, first):
+            expect(f"kernel {stage} is the wrong one",
+                   (g.takeover(done, stage) is not None) == (kernel == R))
+
+
+@test
+def c_to_rust(log):
+    """C -> R -> C"""
+    between(log, C, R)
+
+
+@test
+def rust_to_c(log):
+    """R -> C -> R"""
+    between(log, R, C)
+
+
+@test
+def debugfs_off(log):
+    """R -> R with debugfs=off -> R"""
+    with make(log) as guest:
+        done = guest.run("kho=on liveupdate=on", [
+            PRESERVE + "next_kernel next debugfs=off",
+            "[ ! -e /sys/kernel/debug/kho ] || fail debugfs" + RENEW + "next_kernel next", RETRIEVE])
+        done.expect(3)
+        guest.expect_files(done, 1, 2, 3)
+        done.expect_line(2, "KHO restore succeeded")
+
+
+@test
+def kho_off_second(log):
+    """R -> R with kho=off: the handover is refused and no memory lost"""
+    with make(log, size=256 << 20) as guest:
+        cold = guest.run("kho=off", [MEMORY])
+        cold.expect(1)
+        done = guest.run("kho=on liveupdate=on", [PRESERVE + "next_kernel next", MEMORY],
+                         again="kho=off liveupdate=on" + (" reserve_mem=200M:4096:gone" if BREAK else ""))
+        done.expect(2)
+        guest.expect_files(done, 1)
+    for word in "MemTotal:", "MemAvailable:":
+        was, now = (int(r.reported(s, word)[0]) for r, s in ((cold, 1), (done, 2)))
+        expect(f"{word} {now} kB, {was} kB after a cold boot", abs(was - now) * 20 < was)
+    lines = done.said(2, r"KHO: handover refused")
+    expect(f"{len(lines)} lines about a refused handover", len(lines) == 1)
+
+
+@test
+def kho_off(log):
+    """R, cold with kho=off"""
+    with Guest(log, R) as guest:
+        done = guest.run(f"kho={'on' if BREAK else 'off'} liveupdate=on", ["""
+            [ ! -e /dev/liveupdate ] || fail /dev/liveupdate is there
+            for file in /sys/kernel/debug/kho/out/*; do [ ! -e "$file" ] || fail "$file" is there; done"""])
+        done.expect(1)
+
+
+@test
+def kho_scratch(log):
+    """R, cold: values of kho_scratch= that are wrong, and some that are right"""
+    def boot(value):
+        done = guest.run(f"kho=on liveupdate=on{' kho_scratch=' + value if value else ''}",
+                         ["[ -e /dev/liveupdate ] || fail no LUO" + SCRATCH])
+        log.rename(log.with_suffix(f".{value or 'default'}.log"))
+        done.expect(1)
+        return done, [int(size) >> 20 for size in done.reported(1, "scratch")]
+
+    with Guest(log, R) as guest:
+        _, default = boot("")
+        expect(f"default scratch is {default} MiB", sum(default) > 16)
+        for value in "banana", "1M,2M", "200", "4294967296%", "16M,16M,16M,1M":
+            done, sizes = boot(value)
+            lines = done.said(1, r"KHO: .*kho_scratch")
+            expect(f"{value}: {len(lines)} lines about kho_scratch", len(lines) == 1)
+            # The kernel's own size moves a little with every boot.
+            expect(f"{value}: scratch is {sizes} MiB, by default {default} MiB",
+                   abs(sum(sizes) - sum(default)) <= 8)
+        done, sizes = boot("16M,64M,16M" if not BREAK else "16M,32M,16M")
+        expect(f"scratch is {sizes} MiB", sizes == [16, 64, 16])
+        done.expect_line(1, r"KHO: .*\b16 ?MiB.*\b64 ?MiB.*\b16 ?MiB")
+        # The default is 200 %.
+        _, sizes = boot("150%")
+        expect(f"150%: scratch is {sizes} MiB, by default {default} MiB",
+               0 < sum(sizes) < 0.9 * sum(default))
+
+
+@test
+def numa(log):
+    """R -> R on two nodes"""
+    with make(log, size=64 << 20) as guest:
+        # The file goes to the second node; test_kho ran on the first.
+        done = guest.run("kho=on liveupdate=on", [
+            PRESERVE.replace("check", "check taskset 2") + """
+            report "$(grep Shmem: /sys/devices/system/node/node1/meminfo)"
+            next_kernel next""", RETRIEVE], smp=2, nodes=2)
+        g.expect_round_trip(guest, done)
+        shmem = re.search(r"\d+(?= kB)", done.reported(1, "Node 1 Shmem:")[0])[0]
+        expect(f"node 1 has {shmem} kB", int(shmem) >= 64 << 10)
+
+
+@test
+def smp(log):
+    """R -> R on two CPUs, after two tasks preserved and unpreserved at once"""
+    with make(log) as guest:
+        done = guest.run("kho=on liveupdate=on", [
+            "report step stress\ncheck kho-guest stress 60\n" + PRESERVE + "next_kernel next", RETRIEVE],
+            smp=2)
+        done.expect(2)
+        expect("stress did not finish", len(done.reported(1, "stress:")) == 2)
+        guest.expect_files(done, 1, 2)
+        done.expect_line(2, "KHO restore succeeded")
+
+
+# Handovers that are broken on their way.  The guest's memory is a file that we
+# change while kernel 1 waits, so that the kernels need no hook for this.
+
+def root_fdts(ram):
+    """Addresses of the pages that hold a root FDT of KHO."""
+    at = ram.find(b"\xd0\x0d\xfe\xed")
+    while at >= 0:
+        if at % 4096 == 0 and b"kho-v4\0" in ram[at:at + 4096]:
+            yield at
+        at = ram.find(b"\xd0\x0d\xfe\xed", at + 4)
+
+
+def break_fdt(old, new):
+    def damage(ram, fdt):
+        at = ram[fdt:fdt + 4096].index(old)
+        ram[fdt + at:fdt + at + len(new)] = new
+    return damage
+
+
+def map_property(ram, fdt):
+    """Where the FDT holds the address of the tree's root, and that address."""
+    size, = struct.unpack_from(">I", ram, fdt + 4)
+    address = fdt_nodes(ram[fdt:fdt + size])[""]["preserved-memory-map"]
+    return fdt + ram[fdt:fdt + 4096].index(address), struct.unpack("=Q", address)[0]
+
+
+def break_root(address):
+    def damage(ram, fdt):
+        at, _ = map_property(ram, fdt)
+        struct.pack_into("=Q", ram, at, address)
+    return damage
+
+
+def break_node(change):
+    """change(table, used, node): of the tree's root node, its last used entry, its address."""
+    def damage(ram, fdt):
+        _, node = map_property(ram, fdt)
+        table = list(struct.unpack_from("=512Q", ram, node))
+        change(table, max(index for index, entry in enumerate(table) if entry), node)
+        struct.pack_into("=512Q", ram, node, *table)
+    return damage
+
+
+def point(to):
+    """Makes an entry of the root node point elsewhere."""
+    def change(table, used, node):
+        table[used] = to(table[used], node)
+    return break_node(change)
+
+
+def move(index, keep=0):
+    """Moves an entry of the root node, so that other keys lead to what is below."""
+    def change(table, used, node):
+        table[index], table[used] = table[used], table[used] * keep
+    return break_node(change)
+
+
+DAMAGE = {
+    "magic": break_fdt(b"\xd0\x0d\xfe\xed", b"\xd0\x0d\xfe\xee"),
+    "compatible": break_fdt(b"kho-v4", b"kho-v9"),
+    "no map": break_fdt(b"preserved-memory-map", b"preserved-memory-mop"),
+    "root beyond memory": break_root(1 << 45),
+    "root unaligned": break_root(0x1000001),
+    "node beyond memory": point(lambda entry, node: 1 << 45),
+    "node unaligned": point(lambda entry, node: entry + 8),
+    "node within itself": point(lambda entry, node: node),
+    "node twice": move(1, keep=1),
+    # The mark of order 0 is gone, what was an address now says the order.
+    "orders": move(0),
+    "key too wide": move(511),
+}
+
+
+@test
+def bad_handover(log):
+    """R -> R with a damaged handover: one line, and a cold start"""
+    results = []
+    for name, damage in DAMAGE.items():
+        try:
+            damaged(log, damage)
+        except Fail as fail:
+            results.append(f"{name}: {fail}")
+        log.rename(log.with_suffix(f".{name.replace(' ', '-')}.log"))
+    expect("; ".join(results), not results)
+    return f"{len(DAMAGE)} kinds of damage"
+
+
+def damaged(log, damage):
+    with make(log) as guest:
+        ram_path, state = guest.dir / "ram", []
+
+        def during():
+            if state or not (guest.share / "waiting").exists():
+                return
+            with open(ram_path, "r+b") as file, mmap.mmap(file.fileno(), 0) as ram:
+                state.extend(root_fdts(ram))
+                for fdt in state if not BREAK else ():
+                    damage(ram, fdt)
+            (guest.share / "go").touch()
+
+        done = guest.run("kho=on liveupdate=on", [PRESERVE + """
+            touch /mnt/waiting
+            while [ ! -e /mnt/go ]; do sleep 0.1; done
+            next_kernel next
+            """, "report step cold"], mem="512M", ram=ram_path, during=during, timeout=120)
+        expect("kernel 1 has no root FDT", state)
+        done.expect(2)
+        lines = done.said(2, r"KHO: (?!found kexec handover|exec from|takeover:|scratch )")
+        expect(f"{len(lines)} lines about the damage", len(lines) == 1)
+        expect("the data was taken over", not done.said(2, "KHO restore succeeded"))
+
+
+def one(number, name):
+    log = g.CACHE / f"log/qemu/{name}.log"
+    start = time.time()
+    try:
+        for kernel in {R} | ({C} if name in ("c-to-rust", "rust-to-c") else set()):
+            expect(f"no {Path(kernel).name}_KERNEL", Path(kernel).exists())
+        note = TESTS[name](log)
+        status, text = "ok", f" # {note}" if note else ""
+    except Exception as fail:
+        if not isinstance(fail, Fail):
+            traceback.print_exc()
+        status, text = "not ok", f" # {' '.join(str(fail).split())} (log: {log})"
+    g.say(f"{name}: {status}, {int(time.time() - start)} s")
+    return status, f"{status} {number} - {name}{text}"
+
+
+def main(names):
+    unknown = [name for name in names if name not in TESTS]
+    if unknown:
+        sys.exit(f"kho: no test {unknown[0]}; there are: {' '.join(TESTS)}")
+    g.WORK.mkdir(exist_ok=True)
+    names = names or list(TESTS)
+    print(f"KTAP version 1\n1..{len(names)}", flush=True)
+    g.headers(), g.program("kho-guest", g.GUEST / "kho-guest.c")
+    passed = 0
+    with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:
+        jobs = {}
+        # The longest first, or it runs alone at the end.
+        for name in sorted(names, key=lambda name: name != "bad-handover"):
+            jobs[name] = pool.submit(one, names.index(name) + 1, name)
+        for name in names:
+            status, line = jobs[name].result()
+            print(line, flush=True)
+            passed += status == "ok"
+    print(f"# {passed} passed, {len(names) - passed} failed, 0 skipped")
+    return passed != len(names)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
