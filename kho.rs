@@ -50,7 +50,6 @@ use kho_key::Key;
 use kho_radix::{
     Node,
     NodeAddr,
-    Open,
     Removal,
     Tree,
     Visitor, //
@@ -484,7 +483,7 @@ unsafe extern "C" fn kho_radix_add_key(tree: *mut bindings::kho_radix_tree, key:
         return EINVAL.to_errno();
     };
     errno(Key::new(key as u64).ok_or(ERANGE).and_then(|key| {
-        tree.add(&Open, key).map_err(|_| ENOMEM)?;
+        tree.add(key).map_err(|_| ENOMEM)?;
         Ok(())
     }))
 }
@@ -496,7 +495,7 @@ unsafe extern "C" fn kho_radix_add_key(tree: *mut bindings::kho_radix_tree, key:
 unsafe extern "C" fn kho_radix_del_key(tree: *mut bindings::kho_radix_tree, key: usize) {
     // SAFETY: By the caller's contract.
     if let (Some(tree), Some(key)) = (unsafe { radix(tree) }, Key::new(key as u64)) {
-        warn_on!(tree.remove(&Open, key) == Removal::Absent);
+        warn_on!(tree.remove(key) == Removal::Absent);
     }
 }
 
@@ -556,45 +555,47 @@ unsafe extern "C" fn kho_radix_walk_tree(
     let Some(tree) = (unsafe { radix(tree) }) else {
         return EINVAL.to_errno();
     };
-    // SAFETY: By the caller's contract.
-    let mut walk = unsafe { CWalk { cb: &*cb, data } };
-    tree.visit(&mut walk).err().unwrap_or(0)
+    let mut walk = CWalk {
+        // SAFETY: By the caller's contract.
+        cb: unsafe { &*cb },
+        data,
+        stopped: 0,
+    };
+    tree.visit(&mut walk);
+    walk.stopped
 }
 
 /// Callbacks in C, and what they are given.
 struct CWalk<'a> {
     cb: &'a bindings::kho_radix_walk_cb,
     data: *mut c_void,
+    /// What the callback returned that stopped the walk.
+    stopped: c_int,
 }
 
 impl Visitor for CWalk<'_> {
-    type Error = c_int;
-
-    fn node(&mut self, addr: NodeAddr, _first: u64, _last: u64) -> Result<(), c_int> {
-        // SAFETY: By the contract of `kho_radix_walk_tree()`.
-        match self
-            .cb
-            .node
-            .map(|node| unsafe { node(addr.get(), self.data) })
-        {
-            None | Some(0) => Ok(()),
-            Some(stop) => Err(stop),
+    fn node(&mut self, addr: NodeAddr, _first: u64, _last: u64) -> bool {
+        if let Some(node) = self.cb.node {
+            // SAFETY: By the contract of `kho_radix_walk_tree()`.
+            self.stopped = unsafe { node(addr.get(), self.data) };
         }
+        self.stopped == 0
     }
 
-    fn leaf(&mut self, first: u64, leaf: &Node) -> Result<(), c_int> {
+    fn leaf(&mut self, first: u64, leaf: &Node) -> bool {
         let Some(callback) = self.cb.leaf else {
-            return Ok(());
+            return true;
         };
         for (bit, count) in leaf.runs() {
-            for key in (0..count).map(|i| first | bit.wrapping_add(i)) {
+            for i in 0..count {
+                let key = first | bit.wrapping_add(i);
                 // SAFETY: By the contract of `kho_radix_walk_tree()`.
-                match unsafe { callback(key as usize, self.data) } {
-                    0 => {}
-                    stop => return Err(stop),
+                self.stopped = unsafe { callback(key as usize, self.data) };
+                if self.stopped != 0 {
+                    return false;
                 }
             }
         }
-        Ok(())
+        true
     }
 }

@@ -46,10 +46,7 @@ pub(crate) unsafe fn fill_image(image: *mut bindings::kimage) -> Result {
     };
     // SAFETY: By the caller's contract; the table stays.
     let error = unsafe { bindings::kexec_add_buffer(&mut buffer) };
-    if error != 0 {
-        pr_err!("no room for the scratch table in scratch: error {error}\n");
-        return to_result(error);
-    }
+    to_result(error)?;
     // SAFETY: By the caller's contract; the segment is the one that was just added.
     unsafe {
         let last = (*image).nr_segments.wrapping_sub(1);
@@ -80,7 +77,12 @@ pub(crate) unsafe fn locate_hole(
     if !kho_state::is_enabled() || is_crash {
         return None;
     }
-    for area in kho_sys::scratch().iter().filter(|area| area.size > 0) {
+    let mut largest = 0;
+    for area in kho_sys::scratch() {
+        if area.size == 0 {
+            continue;
+        }
+        largest = area.size.max(largest);
         let mut resource = bindings::resource {
             start: area.addr,
             end: area.addr.wrapping_add(area.size).wrapping_sub(1),
@@ -94,18 +96,15 @@ pub(crate) unsafe fn locate_hole(
         }
     }
     // SAFETY: By the caller's contract.
-    let size = unsafe { (*buffer).memsz };
-    let largest = kho_sys::scratch().iter().map(|area| area.size).max();
-    pr_err!(
-        "no room for {} KiB of the next kernel in scratch, whose largest area has {} KiB; see kho_scratch=\n",
-        size.div_ceil(1024),
-        largest.unwrap_or(0) / 1024
-    );
+    let size = unsafe { (*buffer).memsz } >> 10;
+    let largest = largest >> 10;
+    pr_err!("no room for {size} KiB in scratch, with areas of up to {largest} KiB; see kho_scratch=\n");
     Some(Err(EADDRNOTAVAIL))
 }
 
 /// Reads the note of the last kernel, says what it says, and returns how many kexecs there have
 /// been since the machine was switched on; 0 if there is none.
+#[link_section = ".init.text"]
 pub(crate) fn read_metadata() -> u32 {
     type Metadata = bindings::kho_kexec_metadata;
 
@@ -131,14 +130,16 @@ pub(crate) fn read_metadata() -> u32 {
     // SAFETY: There is RAM that is large enough, and any bytes make the structure.
     let metadata = unsafe { metadata.read_unaligned() };
     let (release, count) = (metadata.previous_release, metadata.kexec_count);
-    let len = release.iter().position(|byte| *byte == 0);
-    let release = len.and_then(|len| release.get(..len)).unwrap_or(b"?");
-    let release = core::str::from_utf8(release).unwrap_or("?");
+    let release = CStr::from_bytes_until_nul(&release)
+        .ok()
+        .and_then(|release| release.to_str().ok())
+        .unwrap_or("?");
     pr_info!("exec from: {release} (count {count})\n");
     count
 }
 
 /// Leaves the note for the next kernel.
+#[link_section = ".init.text"]
 pub(crate) fn write_metadata(count: u32) -> Result {
     let size = size_of::<bindings::kho_kexec_metadata>();
     let metadata = kho_pages::alloc_preserve(size)?.cast::<bindings::kho_kexec_metadata>();
@@ -147,14 +148,13 @@ pub(crate) fn write_metadata(count: u32) -> Result {
         kexec_count: count,
         ..Default::default()
     };
-    // SAFETY: The kernel's release is a string that ends with a NUL and never changes.
-    let release = unsafe { CStr::from_char_ptr(bindings::kho_glue_release()) };
-    let mut text = [0; bindings::__NEW_UTS_LEN as usize + 1];
-    let room = text.len().wrapping_sub(1);
-    for (to, from) in text.iter_mut().take(room).zip(release.to_bytes()) {
-        *to = *from;
+    // SAFETY: The kernel's release is a string that ends with a NUL, and the array is as long as
+    // it says.
+    unsafe {
+        let to = (&raw mut note.previous_release).cast();
+        let len = bindings::__NEW_UTS_LEN as usize + 1;
+        bindings::sized_strscpy(to, bindings::kho_glue_release(), len);
     }
-    note.previous_release = text;
     // SAFETY: The memory is ours, and large enough.
     unsafe { metadata.write_unaligned(note) };
     // SAFETY: The name ends with a NUL, and the memory is in the direct map.

@@ -33,7 +33,6 @@ use super::kho_param::{
 };
 use super::kho_radix::{
     NodeAddr,
-    Open,
     Tree, //
 };
 use super::kho_range::Frames;
@@ -96,17 +95,15 @@ static RESERVED: AtomicBool = AtomicBool::new(false);
 /// `arg` must be null or a string that ends with a NUL.
 #[link_section = ".init.text"]
 pub(crate) unsafe fn parse_scratch(arg: *const c_char) {
-    let text = if arg.is_null() {
-        c""
+    let text: &[u8] = if arg.is_null() {
+        &[]
     } else {
         // SAFETY: By the caller's contract.
-        unsafe { CStr::from_char_ptr(arg) }
+        unsafe { core::slice::from_raw_parts(arg, bindings::strlen(arg)) }
     };
-    let Some(scratch) = Scratch::parse(text.to_bytes()) else {
-        pr_err!(
-            "kho_scratch={}: neither N% nor LOWMEM,GLOBAL,PERNODE; using 200%\n",
-            kernel::prelude::fmt!("{text:?}")
-        );
+    let Some(scratch) = Scratch::parse(text) else {
+        let text = core::str::from_utf8(text).unwrap_or("?");
+        pr_err!("kho_scratch={text}: neither N% nor LOWMEM,GLOBAL,PERNODE; using 200%\n");
         return;
     };
     match scratch {
@@ -193,7 +190,7 @@ pub(crate) fn populate(fdt_phys: u64, fdt_len: u64, scratch_phys: u64, scratch_l
         unsafe { core::slice::from_raw_parts(table.virt.cast(), count as usize) };
     if areas
         .iter()
-        .any(|area| Frames::exact(area.addr, area.size).is_none())
+        .any(|area| area.size > 0 && Frames::exact(area.addr, area.size).is_none())
     {
         return refuse(("a scratch area is not made of pages", scratch_phys));
     }
@@ -284,9 +281,9 @@ fn survey(root: NodeAddr) -> Result<(), Refusal> {
     seen.destroy();
     IN_NODES.store(nodes?, Ordering::Relaxed);
 
-    // Nothing in an empty node is worth keeping memory free for. The nodes are not this
-    // kernel's to free; they are with all other memory later.
-    Tree::from_root(Unlink(direct()), root).prune();
+    // Nothing in an empty node is worth keeping memory free for. The memory of the nodes is free
+    // already, as far as memblock knows.
+    tree.prune(false);
 
     let blocks = Tree::new(direct())?;
     let result = extend(&tree, &blocks);
@@ -294,34 +291,12 @@ fn survey(root: NodeAddr) -> Result<(), Refusal> {
     result
 }
 
-/// Nodes of another kernel's tree, which are never freed.
-struct Unlink(Direct);
-
-impl super::kho_radix::NodeMem for Unlink {
-    fn alloc(&self) -> Option<NodeAddr> {
-        None
-    }
-
-    fn free(&self, _node: NodeAddr) {}
-
-    fn node(&self, addr: NodeAddr) -> &super::kho_radix::Node {
-        self.0.node(addr)
-    }
-}
-
 /// Marks as scratch what no preserved memory and no node of the tree is near to; `busy` is for
 /// the blocks that are not.
 #[link_section = ".init.text"]
 fn extend(tree: &Tree<Direct>, busy: &Tree<Direct>) -> Result<(), Refusal> {
     let Some(grain) = GRAIN else { return Ok(()) };
-    kho_takeover::busy(tree, grain, &mut |frames: Frames| {
-        let last = frames.end().wrapping_sub(1) >> grain.get();
-        for key in (frames.start() >> grain.get()..=last).filter_map(Key::new) {
-            busy.add(&Open, key)?;
-        }
-        Ok(())
-    })?;
-
+    kho_takeover::busy(tree, grain, busy)?;
     let size = grain.pages() << PAGE_SHIFT;
     // SAFETY: Early boot.
     let dram_end = unsafe { bindings::memblock_end_of_DRAM() };
@@ -388,16 +363,15 @@ fn take_over(root: NodeAddr) -> Result<(), Refusal> {
             pfn << PAGE_SHIFT
         );
     }
-    let blocks = kho_takeover::active(&census.blocks);
     pr_info!(
         "takeover: {} blocks in {} runs, {} pages, {} tree nodes, {} ns\n",
-        blocks.fold(0u64, |sum, (_, count)| sum.wrapping_add(count)),
+        census.blocks.iter().fold(0u64, |sum, count| sum.wrapping_add(*count)),
         census.ranges,
         census.frames,
         IN_NODES.load(Ordering::Relaxed),
         time
     );
-    for (order, count) in kho_takeover::active(&census.blocks) {
+    for (order, count) in census.orders() {
         pr_info!("takeover: order {}: {} blocks\n", order.get(), count);
     }
     Ok(())
@@ -542,17 +516,16 @@ pub(crate) fn is_blob_ram(blob: Blob) -> bool {
 /// Finds memory for the scratch areas, and reserves it.
 #[link_section = ".init.text"]
 fn reserve_scratch() -> Result {
-    // SAFETY: May be called at any time.
-    let next_node = |nid| unsafe { bindings::kho_glue_next_memory_node(nid) };
-    let nodes = || {
-        core::iter::successors(Some(next_node(-1)), move |nid| Some(next_node(*nid)))
-            .take_while(|nid| *nid != bindings::NUMA_NO_NODE)
-    };
     // SAFETY: Early boot; see the static.
     let scratch = unsafe { SCRATCH };
 
-    let room = nodes().count().wrapping_add(2);
-    let bytes = room.wrapping_mul(size_of::<bindings::kho_scratch>()) as u64;
+    let mut room = 2u64;
+    let mut nid = next_node(-1);
+    while nid != bindings::NUMA_NO_NODE {
+        room = room.wrapping_add(1);
+        nid = next_node(nid);
+    }
+    let bytes = room.wrapping_mul(size_of::<bindings::kho_scratch>() as u64);
     // SAFETY: Early boot.
     let table = unsafe {
         let align = bindings::PAGE_SIZE as u64;
@@ -568,7 +541,7 @@ fn reserve_scratch() -> Result {
         bindings::kho_scratch_cnt = 0;
     }
 
-    let result = reserve_areas(scratch, nodes());
+    let result = reserve_areas(scratch);
     if result.is_err() {
         free_areas();
         // SAFETY: Early boot; allocated above.
@@ -583,8 +556,15 @@ fn reserve_scratch() -> Result {
     result
 }
 
+/// Returns the next node with memory after `nid`, or `NUMA_NO_NODE`.
 #[link_section = ".init.text"]
-fn reserve_areas(scratch: Scratch, nodes: impl Iterator<Item = c_int>) -> Result {
+fn next_node(nid: c_int) -> c_int {
+    // SAFETY: May be called at any time.
+    unsafe { bindings::kho_glue_next_memory_node(nid) }
+}
+
+#[link_section = ".init.text"]
+fn reserve_areas(scratch: Scratch) -> Result {
     // SAFETY: Early boot.
     let low_limit = unsafe { bindings::kho_glue_low_limit() };
     let (low, all) = match scratch {
@@ -597,12 +577,14 @@ fn reserve_areas(scratch: Scratch, nodes: impl Iterator<Item = c_int>) -> Result
     };
     reserve_area("lowmem", low, low_limit, None)?;
     reserve_area("global", all, 0, None)?;
-    for nid in nodes {
+    let mut nid = next_node(-1);
+    while nid != bindings::NUMA_NO_NODE {
         let size = match scratch {
             Scratch::Scale(percent) => scaled(percent, u64::MAX, nid)?,
             Scratch::Sizes { pernode, .. } => aligned(pernode)?,
         };
         reserve_area("node", size, 0, Some(nid))?;
+        nid = next_node(nid);
     }
     Ok(())
 }

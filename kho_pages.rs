@@ -26,18 +26,16 @@ use super::kho_state;
 use super::kho_sys::{
     self,
     Mark,
-    Page,
-    PruneGate, //
+    Page, //
 };
 use kernel::{
     bindings,
-    pr_warn_once,
     prelude::*,
     warn_on, //
 };
 
 /// With debug checks on, refuses memory in a scratch area, which the next kernel overwrites.
-#[inline(always)]
+#[inline]
 fn check_scratch(phys: u64, bytes: u64) -> Result {
     if cfg!(CONFIG_KEXEC_HANDOVER_DEBUG) && warn_on!(kho_sys::in_scratch(phys, bytes)) {
         return Err(EINVAL);
@@ -51,16 +49,16 @@ fn check_scratch(phys: u64, bytes: u64) -> Result {
 ///
 /// `EOPNOTSUPP` with KHO off, `EEXIST` if exactly this block is preserved already (whoever did
 /// that counts on being the one to undo it), `ENOMEM`; `EINVAL` in scratch, with debug checks.
-#[inline(always)]
+#[inline(never)]
 pub(crate) fn preserve(block: Block) -> Result {
     check_scratch(block.pfn().phys(), Frames::of_block(block).bytes())?;
     add(block)
 }
 
-#[inline(always)]
+#[inline]
 fn add(block: Block) -> Result {
     let tree = kho_state::out_tree().ok_or(EOPNOTSUPP)?;
-    match tree.add(&PruneGate, Key::of(block)) {
+    match tree.add(Key::of(block)) {
         Ok(true) => Ok(()),
         Ok(false) => Err(EEXIST),
         Err(_) => Err(ENOMEM),
@@ -68,12 +66,12 @@ fn add(block: Block) -> Result {
 }
 
 /// Undoes [`preserve`]. With KHO off there is nothing to undo.
-#[inline(always)]
+#[inline(never)]
 pub(crate) fn unpreserve(block: Block) {
     let Some(tree) = kho_state::out_tree() else {
         return;
     };
-    match tree.remove(&PruneGate, Key::of(block)) {
+    match tree.remove(Key::of(block)) {
         Removal::Removed => {}
         Removal::Emptied => kho_sys::schedule_prune(),
         Removal::Absent => {
@@ -89,26 +87,33 @@ pub(crate) fn unpreserve(block: Block) {
 /// As [`preserve`].
 pub(crate) fn preserve_frames(frames: Frames) -> Result {
     check_scratch(frames.phys(), frames.bytes())?;
-    let mut blocks = frames.blocks(kho_sys::one_node);
-    loop {
-        let rest = blocks.rest();
-        let Some(block) = blocks.next() else {
-            return Ok(());
-        };
+    let mut done = 0u64;
+    for block in frames.blocks(kho_sys::one_node) {
         if let Err(error) = add(block) {
-            // The same cuts as far as they went.
-            frames
-                .blocks(kho_sys::one_node)
-                .take_while(|block| block.pfn().get() < rest.start())
-                .for_each(unpreserve);
+            // The cuts are the same again, as far as they went.
+            unpreserve_until(frames, done);
             return Err(error);
         }
+        done = done.wrapping_add(block.order().pages());
+    }
+    Ok(())
+}
+
+/// Undoes the preservation of the blocks of `frames` that make up its first `count` pages.
+fn unpreserve_until(frames: Frames, count: u64) {
+    let mut rest = count;
+    for block in frames.blocks(kho_sys::one_node) {
+        if rest == 0 {
+            break;
+        }
+        unpreserve(block);
+        rest = rest.wrapping_sub(block.order().pages());
     }
 }
 
 /// Undoes [`preserve_frames`] for the same range.
 pub(crate) fn unpreserve_frames(frames: Frames) {
-    frames.blocks(kho_sys::one_node).for_each(unpreserve);
+    unpreserve_until(frames, frames.count());
 }
 
 /// Preserves memory by its physical address, all of it or nothing.
@@ -121,19 +126,21 @@ pub(crate) fn preserve_phys(phys: u64, size: usize) -> Result {
     let frames = Frames::exact(phys, size as u64).ok_or(EINVAL)?;
     // Memory comes and goes by sections, so one page of each tells of all. What is no RAM would
     // make the next kernel refuse all of the handover.
-    let section = 1usize << (bindings::SECTION_SIZE_BITS - bindings::PAGE_SHIFT);
+    let section = 1u64 << (bindings::SECTION_SIZE_BITS - bindings::PAGE_SHIFT);
     let last = frames.end().wrapping_sub(1);
-    let is_online = |pfn| Page::online(pfn).is_some();
-    if !(frames.start()..last).step_by(section).all(is_online) || !is_online(last) {
-        return Err(EINVAL);
+    let mut pfn = frames.start();
+    while pfn < last {
+        Page::online(pfn).ok_or(EINVAL)?;
+        pfn = pfn.saturating_add(section);
     }
+    Page::online(last).ok_or(EINVAL)?;
     preserve_frames(frames)
 }
 
-/// Says once that something cannot be restored, and why that is not a bug of the kernel.
+/// Says that something cannot be restored.
 #[cold]
 fn refuse(phys: u64) {
-    pr_warn_once!("nothing to restore at {phys:#x}: not preserved, or restored already\n");
+    pr_warn!("nothing to restore at {phys:#x}: not preserved, or restored already\n");
 }
 
 /// Restores a folio with the order it was preserved with; the caller has the only reference.

@@ -29,15 +29,20 @@ impl Scratch {
     pub(crate) const DEFAULT: Self = Self::Scale(200);
 
     /// Parses the value of the parameter. [`None`] means that it is in neither form.
+    #[link_section = ".init.text"]
     pub(crate) fn parse(text: &[u8]) -> Option<Self> {
-        if let Some(digits) = text.strip_suffix(b"%") {
-            let (percent, rest) = digits_of(digits, 10)?;
-            let percent = u32::try_from(percent).ok()?;
-            return (rest.is_empty() && percent != 0).then_some(Self::Scale(percent));
+        let (first, rest) = number(text)?;
+        if let [b'%'] = rest {
+            // Only in decimal, as C has it.
+            let decimal = !matches!(text, [b'0', ..]);
+            let percent = u32::try_from(first).ok()?;
+            return (decimal && percent != 0).then_some(Self::Scale(percent));
         }
-        let (lowmem, rest) = size(text)?;
-        let (global, rest) = size(rest.strip_prefix(b",")?)?;
-        let (pernode, rest) = size(rest.strip_prefix(b",")?)?;
+        let (lowmem, rest) = unit(first, rest)?;
+        let [b',', rest @ ..] = rest else { return None };
+        let (global, rest) = size(rest)?;
+        let [b',', rest @ ..] = rest else { return None };
+        let (pernode, rest) = size(rest)?;
         let any = lowmem | global | pernode != 0;
         (rest.is_empty() && any).then_some(Self::Sizes {
             lowmem,
@@ -47,41 +52,62 @@ impl Scratch {
     }
 }
 
-/// Parses digits of `radix` and returns their value and what follows; at least one digit.
-fn digits_of(text: &[u8], radix: u32) -> Option<(u64, &[u8])> {
+/// Parses a number as C writes it: hexadecimal after `0x`, octal after `0`, else decimal.
+#[link_section = ".init.text"]
+#[inline(never)]
+fn number(text: &[u8]) -> Option<(u64, &[u8])> {
+    let (radix, mut rest) = match text {
+        [b'0', b'x' | b'X', hex @ ..] => (16, hex),
+        [b'0', ..] => (8, text),
+        _ => (10, text),
+    };
+    let start = rest.len();
     let mut value = 0u64;
-    let mut rest = text;
     while let [first, tail @ ..] = rest {
-        let Some(digit) = char::from(*first).to_digit(radix) else {
-            break;
+        let digit = match first {
+            b'0'..=b'9' => first.wrapping_sub(b'0'),
+            b'a'..=b'f' => first.wrapping_sub(b'a' - 10),
+            b'A'..=b'F' => first.wrapping_sub(b'A' - 10),
+            _ => break,
         };
+        if digit >= radix {
+            break;
+        }
         value = value.checked_mul(radix.into())?.checked_add(digit.into())?;
         rest = tail;
     }
-    (rest.len() < text.len()).then_some((value, rest))
+    (rest.len() < start).then_some((value, rest))
 }
 
-/// Parses a size as `memparse()` does, but takes none that does not fit in 64 bits.
-fn size(text: &[u8]) -> Option<(u64, &[u8])> {
-    let (value, rest) = match text {
-        [b'0', b'x' | b'X', hex @ ..] => digits_of(hex, 16)?,
-        [b'0', b'0'..=b'7', ..] => digits_of(text, 8)?,
-        _ => digits_of(text, 10)?,
+/// Multiplies `value` by the unit that `text` starts with, if it does.
+#[link_section = ".init.text"]
+#[inline(never)]
+fn unit(value: u64, text: &[u8]) -> Option<(u64, &[u8])> {
+    let [first, rest @ ..] = text else {
+        return Some((value, text));
     };
-    let (shift, rest) = match rest {
-        [b'K' | b'k', tail @ ..] => (10, tail),
-        [b'M' | b'm', tail @ ..] => (20, tail),
-        [b'G' | b'g', tail @ ..] => (30, tail),
-        [b'T' | b't', tail @ ..] => (40, tail),
-        [b'P' | b'p', tail @ ..] => (50, tail),
-        [b'E' | b'e', tail @ ..] => (60, tail),
-        _ => (0, rest),
+    let shift = match first | 0x20 {
+        b'k' => 10,
+        b'm' => 20,
+        b'g' => 30,
+        b't' => 40,
+        b'p' => 50,
+        b'e' => 60,
+        _ => return Some((value, text)),
     };
     Some((value.checked_mul(1u64 << shift)?, rest))
 }
 
+/// Parses a size as `memparse()` does, but takes none that does not fit in 64 bits.
+#[link_section = ".init.text"]
+fn size(text: &[u8]) -> Option<(u64, &[u8])> {
+    let (value, rest) = number(text)?;
+    unit(value, rest)
+}
+
 /// Returns `percent` of `bytes`, rounded up to a multiple of `align`, a power of two; [`None`] if
 /// that does not fit in 64 bits.
+#[link_section = ".init.text"]
 pub(crate) fn scaled(bytes: u64, percent: u32, align: u64) -> Option<u64> {
     let percent = u64::from(percent);
     let whole = (bytes / 100).checked_mul(percent)?;
@@ -91,6 +117,7 @@ pub(crate) fn scaled(bytes: u64, percent: u32, align: u64) -> Option<u64> {
 }
 
 /// Rounds `bytes` up to a multiple of `align`, a power of two.
+#[link_section = ".init.text"]
 pub(crate) fn round_up(bytes: u64, align: u64) -> Option<u64> {
     let mask = align.wrapping_sub(1);
     Some(bytes.checked_add(mask)? & !mask)

@@ -24,8 +24,8 @@
 //! - All nodes an insertion may need are allocated before anything is published, so that it
 //!   happens whole or not at all.
 //! - A published node stays where it is. Only [`Tree::prune`] and [`Tree::destroy`] take nodes
-//!   away, and need to be alone in the tree. [`Gate`] is how `add` and `remove` keep out of
-//!   `prune`'s way.
+//!   away, and need to be alone in the tree. [`NodeMem::enter`] is how `add` and `remove` keep
+//!   out of `prune`'s way.
 //!
 //! The format is ABI:
 //! [`include/linux/kho/abi/kexec_handover.h`](srctree/include/linux/kho/abi/kexec_handover.h).
@@ -57,6 +57,12 @@ const ROOT: u32 = DEPTH - 1;
 /// Words in a node.
 const WORDS: usize = 1 << TABLE_BITS;
 
+/// Bits in a word.
+const WORD_BITS: u64 = u64::BITS as u64;
+
+/// Bits, and so keys, in a leaf.
+const LEAF_SIZE: u64 = 1 << LEAF_BITS;
+
 /// A node: a table of physical addresses, or a leaf's bitmap.
 #[repr(C)]
 pub(crate) struct Node {
@@ -77,14 +83,47 @@ impl Node {
         (0..WORDS as u64).all(|i| self.word(start.wrapping_add(i)).load() == 0)
     }
 
-    /// Returns the runs of set bits, in ascending order.
-    pub(crate) fn runs(&self) -> Bits<'_> {
-        Bits {
-            words: self.words.iter(),
-            word: 0,
-            base: 0,
-            next: 0,
+    /// Returns the first run of set bits at or after bit `from`: its first bit, and how many.
+    #[inline]
+    fn run_from(&self, from: u64) -> Option<(u64, u64)> {
+        let mut index = from / WORD_BITS;
+        let mut word = self.word(index).load() & u64::MAX.wrapping_shl(from as u32);
+        while word == 0 {
+            index = index.wrapping_add(1);
+            if index >= WORDS as u64 {
+                return None;
+            }
+            word = self.word(index).load();
         }
+        let skip = word.trailing_zeros();
+        let first = index.wrapping_mul(WORD_BITS).wrapping_add(skip.into());
+        let mut count = u64::from(word.wrapping_shr(skip).trailing_ones());
+        // A run that reaches the end of its word may go on in the next one.
+        while first.wrapping_add(count) % WORD_BITS == 0 {
+            index = index.wrapping_add(1);
+            if index >= WORDS as u64 {
+                break;
+            }
+            let more = self.word(index).load().trailing_ones();
+            if more == 0 {
+                break;
+            }
+            count = count.wrapping_add(more.into());
+        }
+        Some((first, count))
+    }
+
+    /// Returns the runs of set bits, in ascending order, each as its first bit and how many.
+    pub(crate) fn runs(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        let mut from = 0;
+        core::iter::from_fn(move || {
+            if from >= LEAF_SIZE {
+                return None;
+            }
+            let (first, count) = self.run_from(from)?;
+            from = first.wrapping_add(count);
+            Some((first, count))
+        })
     }
 }
 
@@ -111,6 +150,15 @@ impl NodeAddr {
 
 /// Where nodes live.
 pub(crate) trait NodeMem {
+    /// Is held by [`Tree::add`] and [`Tree::remove`] while they look at nodes, but not while they
+    /// allocate. [`Tree::prune`] must only be called while nobody holds one.
+    type Pass<'a>
+    where
+        Self: 'a;
+
+    /// Enters the tree, waiting while it is being pruned.
+    fn enter(&self) -> Self::Pass<'_>;
+
     /// Allocates a node of zeroes. May sleep.
     fn alloc(&self) -> Option<NodeAddr>;
 
@@ -122,27 +170,6 @@ pub(crate) trait NodeMem {
     /// A tree that another kernel wrote may have any number there; its addresses are looked at
     /// by [`Tree::visit`]'s visitor before they get here, and come here only if it lets them.
     fn node(&self, addr: NodeAddr) -> &Node;
-}
-
-/// Keeps [`Tree::add`] and [`Tree::remove`] out of the tree while it is pruned.
-pub(crate) trait Gate {
-    /// Is held for as long as nodes are looked at; must not be held across a sleep.
-    type Pass<'a>
-    where
-        Self: 'a;
-
-    /// Enters, waiting while the tree is being pruned.
-    fn enter(&self) -> Self::Pass<'_>;
-}
-
-/// The gate of a tree that is never pruned while shared.
-pub(crate) struct Open;
-
-impl Gate for Open {
-    type Pass<'a> = ();
-
-    #[inline(always)]
-    fn enter(&self) {}
 }
 
 /// A node could not be allocated. The tree is as it was.
@@ -188,28 +215,28 @@ impl<'m, M: NodeMem> Stock<'m, M> {
     /// Links the nodes below `level` into a subtree that holds `key` only, and returns its top.
     /// [`None`] means that there are not enough of them.
     fn link(&self, level: u32, key: Key) -> Option<NodeAddr> {
-        let mut below = None;
-        for (at, addr) in (0..level).zip(self.nodes.iter()) {
-            let node = self.mem.node((*addr)?);
-            match below {
-                None => node.word(leaf_index(key)).store(leaf_mask(key)),
-                Some(NodeAddr(child)) => node.word(table_index(key, at)).store(child.get()),
-            }
-            below = *addr;
+        let mut below = (leaf_index(key), leaf_mask(key));
+        let mut top = None;
+        let mut at = 0u32;
+        while at < level {
+            let addr = (*self.nodes.get(at as usize)?)?;
+            let (index, value) = below;
+            self.mem.node(addr).word(index).store(value);
+            top = Some(addr);
+            at = at.wrapping_add(1);
+            below = (table_index(key, at), addr.get());
         }
-        below
+        top
     }
 
-    /// Undoes [`Stock::link`] after somebody else has published that subtree.
+    /// Undoes [`Stock::link`], when somebody else has published that subtree or nodes were missing.
     fn unlink(&self, level: u32, key: Key) {
-        for (at, addr) in (0..level).zip(self.nodes.iter()) {
-            let Some(addr) = addr else { return };
-            let index = if at == 0 {
-                leaf_index(key)
-            } else {
-                table_index(key, at)
-            };
+        let mut index = leaf_index(key);
+        let mut at = 0u32;
+        while let Some(Some(addr)) = self.nodes.get(at as usize).filter(|_| at < level) {
             self.mem.node(*addr).word(index).store(0);
+            at = at.wrapping_add(1);
+            index = table_index(key, at);
         }
     }
 
@@ -248,7 +275,7 @@ const fn table_index(key: Key, level: u32) -> u64 {
 /// Returns the word for `key` in its leaf.
 #[inline(always)]
 const fn leaf_index(key: Key) -> u64 {
-    key.get() / u64::BITS as u64
+    key.get() / WORD_BITS
 }
 
 /// Returns the bit for `key` in its word.
@@ -301,26 +328,27 @@ impl<M: NodeMem> Tree<M> {
     /// # Errors
     ///
     /// [`NoMemory`] if a node was needed and could not be allocated; the tree is as it was then.
-    #[inline]
-    pub(crate) fn add(&self, gate: &impl Gate, key: Key) -> Result<bool, NoMemory> {
+    // Not inlined, as nothing of this and of `remove()` is: the code is there once.
+    #[inline(never)]
+    pub(crate) fn add(&self, key: Key) -> Result<bool, NoMemory> {
         {
-            let _pass = gate.enter();
+            let _pass = self.mem.enter();
             if let Ok(leaf) = self.find(key) {
                 return Ok(set(leaf, key));
             }
         }
-        self.grow(gate, key)
+        self.grow(key)
     }
 
     /// Adds `key` where nodes are missing.
     #[cold]
     #[inline(never)]
-    fn grow(&self, gate: &impl Gate, key: Key) -> Result<bool, NoMemory> {
+    fn grow(&self, key: Key) -> Result<bool, NoMemory> {
         let mut stock = Stock::new(&self.mem);
         // Each turn sees a tree with fewer nodes missing or, after a prune, has more in stock.
         loop {
             let missing = {
-                let _pass = gate.enter();
+                let _pass = self.mem.enter();
                 match self.find(key) {
                     Ok(leaf) => return Ok(set(leaf, key)),
                     Err((level, entry)) => match stock.link(level, key) {
@@ -343,9 +371,9 @@ impl<M: NodeMem> Tree<M> {
     }
 
     /// Removes `key`.
-    #[inline]
-    pub(crate) fn remove(&self, gate: &impl Gate, key: Key) -> Removal {
-        let _pass = gate.enter();
+    #[inline(never)]
+    pub(crate) fn remove(&self, key: Key) -> Removal {
+        let _pass = self.mem.enter();
         let Ok(leaf) = self.find(key) else {
             return Removal::Absent;
         };
@@ -368,6 +396,7 @@ impl<M: NodeMem> Tree<M> {
 
     /// Returns the first leaf that may hold keys from `from` to `last`, and the first key it has
     /// room for.
+    #[link_section = ".init.text"]
     fn next_leaf(&self, from: Key, last: Key) -> Option<(u64, &Node)> {
         let mut path = [None; DEPTH as usize];
         let mut key = from.get();
@@ -375,19 +404,19 @@ impl<M: NodeMem> Tree<M> {
         let mut node = self.mem.node(self.root);
         loop {
             let shift = level_shift(level);
-            let start = (key >> shift) & (WORDS as u64 - 1);
+            let start = key.wrapping_shr(shift) & (WORDS as u64 - 1);
             let found = (start..WORDS as u64)
                 .find_map(|i| NodeAddr::new(node.word(i).follow()).map(|addr| (i, addr)));
             if let Some((index, addr)) = found {
                 if index != start {
-                    key = ((key >> shift) & !(WORDS as u64 - 1) | index) << shift;
+                    key = (key.wrapping_shr(shift) & !(WORDS as u64 - 1) | index).wrapping_shl(shift);
                 }
                 if key > last.get() {
                     return None;
                 }
                 let child = self.mem.node(addr);
                 if level == 1 {
-                    return Some((key & !((1 << LEAF_BITS) - 1), child));
+                    return Some((key & !(LEAF_SIZE - 1), child));
                 }
                 if let Some(slot) = path.get_mut(level as usize) {
                     *slot = Some(node);
@@ -401,16 +430,17 @@ impl<M: NodeMem> Tree<M> {
                 level = level.wrapping_add(1);
                 let above = (*path.get(level as usize)?)?;
                 let shift = level_shift(level);
-                key = ((key >> shift).wrapping_add(1)) << shift;
+                key = key.wrapping_shr(shift).wrapping_add(1).wrapping_shl(shift);
                 node = above;
-                if (key >> shift) & (WORDS as u64 - 1) != 0 {
+                if key.wrapping_shr(shift) & (WORDS as u64 - 1) != 0 {
                     break;
                 }
             }
         }
     }
 
-    /// Returns the runs of adjacent blocks of `order`, in ascending order.
+    /// Returns the runs of adjacent blocks of `order`, in ascending order. For takeover: what
+    /// iterates is in `.init.text`.
     pub(crate) fn runs(&self, order: Order) -> Runs<'_, M> {
         self.runs_between(Key::bounds(order))
     }
@@ -419,73 +449,70 @@ impl<M: NodeMem> Tree<M> {
     pub(crate) fn runs_between(&self, bounds: (Key, Key)) -> Runs<'_, M> {
         Runs {
             tree: self,
-            next: Some(bounds.0),
-            last: bounds.1,
             leaf: None,
-            ahead: None,
+            at: bounds.0.get(),
+            last: bounds.1,
         }
     }
 
-    /// Shows every node to `visitor`, parents before children and in the order of their keys.
-    ///
-    /// # Errors
-    ///
-    /// The visitor's, which ends the walk.
-    pub(crate) fn visit<V: Visitor + ?Sized>(&self, visitor: &mut V) -> Result<(), V::Error> {
+    /// Shows every node to `visitor`, parents before children and in the order of their keys,
+    /// until it stops the walk. Returns whether it did not.
+    pub(crate) fn visit(&self, visitor: &mut dyn Visitor) -> bool {
         self.visit_node(visitor, self.root, ROOT, 0)
     }
 
-    fn visit_node<V: Visitor + ?Sized>(
+    fn visit_node(
         &self,
-        visitor: &mut V,
+        visitor: &mut dyn Visitor,
         addr: NodeAddr,
         level: u32,
         first: u64,
-    ) -> Result<(), V::Error> {
+    ) -> bool {
         let bits = match level {
             0 => LEAF_BITS,
             _ => level_shift(level).wrapping_add(TABLE_BITS),
         };
         let last = first | 1u64.checked_shl(bits).unwrap_or(0).wrapping_sub(1);
-        visitor.node(addr, first, last)?;
+        if !visitor.node(addr, first, last) {
+            return false;
+        }
         let node = self.mem.node(addr);
         if level == 0 {
             return visitor.leaf(first, node);
         }
-        for (index, word) in (0u64..).zip(node.words.iter()) {
-            if let Some(child) = NodeAddr::new(word.follow()) {
-                let first = first | index.wrapping_shl(level_shift(level));
-                self.visit_node(visitor, child, level.wrapping_sub(1), first)?;
-            }
-        }
-        Ok(())
+        let shift = level_shift(level);
+        (0u64..).zip(node.words.iter()).all(|(index, word)| {
+            NodeAddr::new(word.follow()).is_none_or(|child| {
+                let first = first | index.wrapping_shl(shift);
+                self.visit_node(visitor, child, level.wrapping_sub(1), first)
+            })
+        })
     }
 
-    /// Takes the nodes without keys out of the tree, the root excepted, and returns how many.
+    /// Takes the nodes without keys out of the tree, the root excepted, and frees them if they are
+    /// this kernel's.
     ///
-    /// Nobody else may be in the tree. In a tree of another kernel the nodes are only unlinked:
-    /// its [`NodeMem`] does not free.
-    pub(crate) fn prune(&self) -> u64 {
-        self.prune_node(self.mem.node(self.root), ROOT)
+    /// Nobody else may be in the tree.
+    pub(crate) fn prune(&self, ours: bool) {
+        self.prune_node(self.mem.node(self.root), ROOT, ours);
     }
 
-    fn prune_node(&self, node: &Node, level: u32) -> u64 {
-        let mut freed = 0u64;
+    fn prune_node(&self, node: &Node, level: u32, ours: bool) {
         if level == 0 {
-            return freed;
+            return;
         }
         for word in &node.words {
             if let Some(addr) = NodeAddr::new(word.follow()) {
                 let child = self.mem.node(addr);
-                freed = freed.wrapping_add(self.prune_node(child, level.wrapping_sub(1)));
+                self.prune_node(child, level.wrapping_sub(1), ours);
                 if child.is_empty(0) {
                     word.store(0);
-                    self.mem.free(addr);
-                    freed = freed.wrapping_add(1);
+                    if ours {
+                        self.mem.free(addr);
+                    }
                 }
             }
         }
-        freed
     }
 
     /// Frees every node. Nobody else may be in the tree or come to it.
@@ -511,64 +538,14 @@ fn set(leaf: &Node, key: Key) -> bool {
     leaf.word(leaf_index(key)).set(mask) & mask == 0
 }
 
-/// Sees the nodes of a tree.
+/// Sees the nodes of a tree; each function returns whether to go on.
 pub(crate) trait Visitor {
-    /// Stops the walk.
-    type Error;
-
     /// A node at `addr`, which has room for the keys from `first` to `last`. It has not been
-    /// read yet, and is only if this returns [`Ok`].
-    fn node(&mut self, addr: NodeAddr, first: u64, last: u64) -> Result<(), Self::Error>;
+    /// read yet, and is only if this returns true.
+    fn node(&mut self, addr: NodeAddr, first: u64, last: u64) -> bool;
 
     /// A leaf whose bit 0 is the key `first`.
-    fn leaf(&mut self, first: u64, leaf: &Node) -> Result<(), Self::Error>;
-}
-
-/// Runs of set bits in a leaf, each as the first bit and the number of bits.
-pub(crate) struct Bits<'a> {
-    words: core::slice::Iter<'a, Word>,
-    /// What is left of the current word.
-    word: u64,
-    /// The bit number of the current word's bit 0.
-    base: u64,
-    /// The same for the next word.
-    next: u64,
-}
-
-impl Iterator for Bits<'_> {
-    type Item = (u64, u64);
-
-    #[inline]
-    fn next(&mut self) -> Option<(u64, u64)> {
-        while self.word == 0 {
-            self.word = self.words.next()?.load();
-            self.base = self.next;
-            self.next = self.next.wrapping_add(u64::BITS.into());
-        }
-        let skip = self.word.trailing_zeros();
-        let first = self.base.wrapping_add(skip.into());
-        let mut count = u64::from(self.word.wrapping_shr(skip).trailing_ones());
-        // Adding the lowest set bit carries through the run above it, and clears it.
-        let lowest = self.word & self.word.wrapping_neg();
-        let (rest, carried_out) = self.word.overflowing_add(lowest);
-        self.word &= rest;
-        if carried_out {
-            // The run reaches the end of the word and may go on in the next ones.
-            self.word = 0;
-            for word in self.words.by_ref() {
-                let word = word.load();
-                self.base = self.next;
-                self.next = self.next.wrapping_add(u64::BITS.into());
-                let more = word.trailing_ones();
-                count = count.wrapping_add(more.into());
-                if more < u64::BITS {
-                    self.word = word & word.wrapping_add(1);
-                    break;
-                }
-            }
-        }
-        Some((first, count))
-    }
+    fn leaf(&mut self, first: u64, leaf: &Node) -> bool;
 }
 
 /// A run of adjacent keys of one order.
@@ -583,34 +560,31 @@ pub(crate) struct Run {
 /// Runs of adjacent keys of one order, across leaves; see [`Tree::runs`].
 pub(crate) struct Runs<'a, M> {
     tree: &'a Tree<M>,
-    /// Where to look for the next leaf.
-    next: Option<Key>,
+    /// The leaf that `at` lies in, if it has been looked up.
+    leaf: Option<&'a Node>,
+    /// The key to go on from.
+    at: u64,
     last: Key,
-    /// The rest of the current leaf, and its bit 0.
-    leaf: Option<(u64, Bits<'a>)>,
-    /// A run that was read and is not adjacent to the one returned last.
-    ahead: Option<Run>,
 }
 
 impl<M: NodeMem> Runs<'_, M> {
-    /// Reads the next run within a leaf.
-    #[inline]
-    fn piece(&mut self) -> Option<Run> {
-        loop {
-            if let Some((base, bits)) = &mut self.leaf {
-                if let Some((bit, count)) = bits.next() {
-                    let first = Key::new(*base | bit)?;
-                    return Some(Run { first, count });
-                }
+    /// Goes to the next leaf from `at` on; returns whether there is one.
+    #[link_section = ".init.text"]
+    fn next_leaf(&mut self) -> bool {
+        let next = Key::new(self.at)
+            .filter(|at| *at <= self.last)
+            .and_then(|at| self.tree.next_leaf(at, self.last));
+        match next {
+            None => {
+                // Nothing more is found from here, however often it is asked for.
+                self.at = u64::MAX;
                 self.leaf = None;
+                false
             }
-            match self.tree.next_leaf(self.next?, self.last) {
-                Some((base, leaf)) => {
-                    self.next =
-                        Key::new(base.wrapping_add(1 << LEAF_BITS)).filter(|key| *key <= self.last);
-                    self.leaf = Some((base, leaf.runs()));
-                }
-                None => self.next = None,
+            Some((base, leaf)) => {
+                self.at = self.at.max(base);
+                self.leaf = Some(leaf);
+                true
             }
         }
     }
@@ -619,24 +593,39 @@ impl<M: NodeMem> Runs<'_, M> {
 impl<M: NodeMem> Iterator for Runs<'_, M> {
     type Item = Run;
 
-    #[inline]
+    #[link_section = ".init.text"]
     fn next(&mut self) -> Option<Run> {
-        let mut run = match self.ahead.take() {
-            Some(run) => run,
-            None => self.piece()?,
-        };
-        // Only a run that reaches its leaf's end can go on in the next one.
-        while run.first.get().wrapping_add(run.count) & ((1 << LEAF_BITS) - 1) == 0 {
-            match self.piece() {
-                Some(more) if more.first.get() == run.first.get().wrapping_add(run.count) => {
-                    run.count = run.count.wrapping_add(more.count);
+        loop {
+            let Some(leaf) = self.leaf else {
+                if !self.next_leaf() {
+                    return None;
                 }
-                other => {
-                    self.ahead = other;
+                continue;
+            };
+            let base = self.at & !(LEAF_SIZE - 1);
+            let Some((bit, mut count)) = leaf.run_from(self.at % LEAF_SIZE) else {
+                self.at = base.wrapping_add(LEAF_SIZE);
+                self.leaf = None;
+                continue;
+            };
+            let first = base | bit;
+            self.at = first.wrapping_add(count);
+            // A run that reaches the end of its leaf may go on in the next one.
+            while self.at % LEAF_SIZE == 0 {
+                let end = self.at;
+                if !self.next_leaf() || self.at != end {
                     break;
                 }
+                let Some((0, more)) = self.leaf.and_then(|leaf| leaf.run_from(0)) else {
+                    break;
+                };
+                count = count.wrapping_add(more);
+                self.at = end.wrapping_add(more);
             }
+            return Some(Run {
+                first: Key::new(first)?,
+                count,
+            });
         }
-        Some(run)
     }
 }

@@ -158,24 +158,17 @@ pub(crate) struct Blocks<F> {
     one_node: F,
 }
 
-impl<F> Blocks<F> {
-    /// Returns what has not been cut into blocks yet.
-    pub(crate) fn rest(&self) -> Frames {
-        self.rest
-    }
-}
-
 impl<F: Fn(u64, u64) -> bool> Iterator for Blocks<F> {
     type Item = Block;
 
-    #[inline]
+    #[inline(never)]
     fn next(&mut self) -> Option<Block> {
         let Frames { start, end } = self.rest;
         // Frame 0 is aligned to anything.
         let aligned = start.trailing_zeros();
         let mut order = self.rest.count().checked_ilog2()?.min(aligned);
         // OVERFLOW: The block ends within the range.
-        while order > 0 && !(self.one_node)(start, start.wrapping_add((1 << order) - 1)) {
+        while order > 0 && !(self.one_node)(start, start.wrapping_add(1u64.wrapping_shl(order).wrapping_sub(1))) {
             order = order.wrapping_sub(1);
         }
         let block = Block::new(Pfn::new(start)?, Order::new(order)?)?;

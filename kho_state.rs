@@ -26,7 +26,6 @@ use core::sync::atomic::{
 };
 use kernel::{
     bindings,
-    pr_warn_once,
     prelude::*, //
 };
 
@@ -87,19 +86,22 @@ pub(crate) fn out_fdt() -> Option<u64> {
     Some(OUT_FDT.load(Ordering::Acquire)).filter(|phys| *phys != 0)
 }
 
-/// Calls `edit` with the outgoing FDT, then shows it in debugfs as it is now.
-fn edit_fdt<T>(edit: impl FnOnce(&mut RootFdt) -> T) -> Option<T> {
-    let page = kho_sys::virt(out_fdt()?);
+/// Returns the outgoing FDT, locked.
+fn lock_fdt() -> Result<RootFdt> {
+    let page = out_fdt().ok_or(EOPNOTSUPP)?;
     // SAFETY: `init()` made an FDT of it.
-    Some(unsafe {
-        RootFdt::with(page, |fdt| {
-            let result = edit(fdt);
-            // debugfs shows as many bytes as it is told when the file is made.
-            hide(page);
-            show(c"fdt".as_char_ptr(), page, fdt.read().size(), true);
-            result
-        })
-    })
+    Ok(unsafe { RootFdt::lock(kho_sys::virt(page)) })
+}
+
+/// Shows the outgoing FDT in debugfs as it is now: as many bytes are shown as were there when the
+/// file was made.
+fn show_fdt(fdt: &RootFdt) {
+    if let Some(page) = out_fdt() {
+        let page = kho_sys::virt(page);
+        hide(page);
+        // SAFETY: The page stays; the lock keeps its size.
+        unsafe { show(c"fdt".as_char_ptr(), page, fdt.read().size(), true) };
+    }
 }
 
 /// Whether there is a place in debugfs; there is none with `debugfs=off`, and KHO works without.
@@ -115,7 +117,7 @@ unsafe fn show(name: *const c_char, blob: *const c_void, size: usize, root: bool
         // SAFETY: By the caller's contract.
         let error = unsafe { bindings::kho_glue_debugfs_add(name, blob, size, root) };
         if error != 0 {
-            pr_warn_once!("a blob is not shown in debugfs: error {error}\n");
+            pr_warn!("a blob is not shown in debugfs: error {error}\n");
         }
     }
 }
@@ -139,7 +141,6 @@ fn hide(blob: *mut c_void) {
 ///
 /// `name` must point to a string that ends with a NUL; `blob` must be in the direct map.
 pub(crate) unsafe fn add_subtree(name: *const c_char, blob: *mut c_void, size: usize) -> Result {
-    out_fdt().ok_or(EOPNOTSUPP)?;
     if blob.is_null() {
         return Err(EINVAL);
     }
@@ -147,32 +148,30 @@ pub(crate) unsafe fn add_subtree(name: *const c_char, blob: *mut c_void, size: u
         phys: kho_sys::phys(blob),
         size: size as u64,
     };
+    let mut fdt = lock_fdt()?;
     // SAFETY: By the caller's contract.
-    let added = edit_fdt(|fdt| unsafe {
-        let result = fdt.add(name, record);
-        if result.is_ok() {
-            show(name, blob, size, false);
-        }
-        result
-    });
-    match added {
-        None => Err(EOPNOTSUPP),
-        Some(Ok(())) => Ok(()),
-        Some(Err(FdtError::Exists)) => Err(EEXIST),
-        Some(Err(_)) => Err(ENOMEM),
+    match unsafe { fdt.add(name, record) } {
+        Ok(()) => {}
+        Err(FdtError::Exists) => return Err(EEXIST),
+        Err(_) => return Err(ENOMEM),
     }
+    // SAFETY: By the caller's contract.
+    unsafe { show(name, blob, size, false) };
+    show_fdt(&fdt);
+    Ok(())
 }
 
-/// Undoes [`add_subtree`].
+/// Undoes [`add_subtree`]. With KHO off there is nothing to undo.
 pub(crate) fn remove_subtree(blob: *mut c_void) {
     if blob.is_null() {
         return;
     }
-    edit_fdt(|fdt| {
+    if let Ok(mut fdt) = lock_fdt() {
         if fdt.remove(kho_sys::phys(blob)) {
             hide(blob);
+            show_fdt(&fdt);
         }
-    });
+    }
 }
 
 /// Returns the blob that the last kernel handed over under `name`.
@@ -244,7 +243,7 @@ fn init_fdt(root: NodeAddr) -> Result {
     } else {
         pr_warn!("not in debugfs: error {error}\n");
     }
-    edit_fdt(|_| ());
+    show_fdt(&lock_fdt()?);
 
     let in_fdt = in_fdt();
     let count = kho_kexec::read_metadata();
@@ -272,8 +271,6 @@ fn init_fdt(root: NodeAddr) -> Result {
 /// Gives back the nodes of the outgoing tree that have become empty.
 pub(crate) fn prune() {
     if let Some(tree) = out_tree() {
-        kho_sys::prune_alone(|| {
-            tree.prune();
-        });
+        kho_sys::prune(&tree);
     }
 }

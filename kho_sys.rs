@@ -17,10 +17,10 @@ use super::kho_key::{
     Pfn, //
 };
 use super::kho_radix::{
-    Gate,
     Node,
     NodeAddr,
-    NodeMem, //
+    NodeMem,
+    Tree, //
 };
 use super::kho_range::Frames;
 use core::{
@@ -62,6 +62,12 @@ pub(crate) fn phys<T>(virt: *mut T) -> u64 {
     unsafe { bindings::kho_glue_virt_to_phys(virt.cast()) }
 }
 
+/// Set while the outgoing tree is being pruned.
+///
+/// Who is in a tree holds the RCU read lock and has seen this unset; so once a grace period has
+/// passed since it was set, whoever prunes is alone. Who comes meanwhile waits for the prune mutex.
+static PRUNING: AtomicBool = AtomicBool::new(false);
+
 /// Tree nodes in the direct map.
 pub(crate) struct Direct {
     offset: usize,
@@ -84,6 +90,20 @@ impl Direct {
 }
 
 impl NodeMem for Direct {
+    type Pass<'a> = rcu::Guard;
+
+    #[inline(always)]
+    fn enter(&self) -> rcu::Guard {
+        loop {
+            let guard = rcu::read_lock();
+            if !PRUNING.load(Ordering::Relaxed) {
+                return guard;
+            }
+            drop(guard);
+            wait_for_prune();
+        }
+    }
+
     // The page allocator is there, or memblock is, which is gone later; as `__ref` in C.
     #[link_section = ".ref.text"]
     #[inline(never)]
@@ -124,32 +144,6 @@ impl NodeMem for Direct {
     }
 }
 
-/// Set while the outgoing tree is being pruned.
-static PRUNING: AtomicBool = AtomicBool::new(false);
-
-/// The gate of the outgoing tree.
-///
-/// Who is in the tree holds the RCU read lock and has seen [`PRUNING`] unset; so once a grace
-/// period has passed since it was set, whoever prunes is alone. Who comes meanwhile waits for the
-/// prune mutex.
-pub(crate) struct PruneGate;
-
-impl Gate for PruneGate {
-    type Pass<'a> = rcu::Guard;
-
-    #[inline(always)]
-    fn enter(&self) -> rcu::Guard {
-        loop {
-            let guard = rcu::read_lock();
-            if !PRUNING.load(Ordering::Relaxed) {
-                return guard;
-            }
-            drop(guard);
-            wait_for_prune();
-        }
-    }
-}
-
 #[cold]
 #[inline(never)]
 fn wait_for_prune() {
@@ -160,15 +154,15 @@ fn wait_for_prune() {
     }
 }
 
-/// Calls `prune` while nobody is in the outgoing tree.
-pub(crate) fn prune_alone(prune: impl FnOnce()) {
+/// Prunes `tree`, which this kernel made, while nobody else is in it.
+pub(crate) fn prune(tree: &Tree<Direct>) {
     // SAFETY: The mutex is a static one, and this runs from a work queue, where waiting for a
     // grace period is allowed.
     unsafe { bindings::kho_glue_lock_prune() };
     PRUNING.store(true, Ordering::Relaxed);
     // SAFETY: As above.
     unsafe { bindings::synchronize_rcu() };
-    prune();
+    tree.prune(true);
     PRUNING.store(false, Ordering::Relaxed);
     // SAFETY: Locked above.
     unsafe { bindings::kho_glue_unlock_prune() };
@@ -344,12 +338,13 @@ pub(crate) fn scratch() -> &'static [bindings::kho_scratch] {
 }
 
 /// Returns whether any of the `size` bytes at `phys` is in a scratch area.
-#[inline]
+#[inline(never)]
 pub(crate) fn in_scratch(phys: u64, size: u64) -> bool {
     let end = phys.saturating_add(size);
-    scratch()
-        .iter()
-        .any(|area| phys < area.addr.saturating_add(area.size) && area.addr < end)
+    scratch().iter().any(|area| {
+        // C hands over empty areas.
+        area.size > 0 && phys < area.addr.saturating_add(area.size) && area.addr < end
+    })
 }
 
 /// An FDT in memory.
@@ -471,19 +466,16 @@ impl Fdt {
 pub(crate) struct RootFdt(*mut c_void);
 
 impl RootFdt {
-    /// Calls `edit` with the FDT at `page`, alone.
+    /// Returns the FDT at `page`, which nobody else has until this is dropped.
     ///
     /// # Safety
     ///
     /// `page` must be the page that [`RootFdt::create`] was called on.
-    pub(crate) unsafe fn with<T>(page: *mut c_void, edit: impl FnOnce(&mut Self) -> T) -> T {
+    pub(crate) unsafe fn lock(page: *mut c_void) -> Self {
         // SAFETY: The mutex is a static one, and the caller may sleep.
         unsafe { bindings::kho_glue_lock_fdt() };
         // INVARIANT: By the caller's contract and the lock.
-        let result = edit(&mut Self(page));
-        // SAFETY: Locked above.
-        unsafe { bindings::kho_glue_unlock_fdt() };
-        result
+        Self(page)
     }
 
     /// Writes an FDT without subtrees that names `map`.
@@ -495,31 +487,31 @@ impl RootFdt {
         let map = map.get().to_ne_bytes();
         let name = bindings::KHO_FDT_MEMORY_MAP_PROP_NAME;
         let compatible = bindings::KHO_FDT_COMPATIBLE;
-        let checked = |error: c_int| match error {
-            0 => Ok(()),
-            error => Err(FdtError::Format(error)),
-        };
         // SAFETY: The page is writable, `fdt_create()` is told its size, and all that is written
-        // is as long as said.
-        unsafe {
-            checked(bindings::fdt_create(page, bindings::PAGE_SIZE as c_int))?;
-            checked(bindings::fdt_finish_reservemap(page))?;
-            checked(bindings::fdt_begin_node(page, c"".as_char_ptr()))?;
-            checked(bindings::fdt_property(
-                page,
-                c"compatible".as_char_ptr(),
-                compatible.as_ptr().cast(),
-                compatible.len() as c_int,
-            ))?;
-            checked(bindings::fdt_property(
-                page,
-                name.as_ptr(),
-                map.as_ptr().cast(),
-                map.len() as c_int,
-            ))?;
-            checked(bindings::fdt_end_node(page))?;
-            checked(bindings::fdt_finish(page))
+        // is as long as said. After an error the rest does nothing.
+        let error = unsafe {
+            bindings::fdt_create(page, bindings::PAGE_SIZE as c_int)
+                | bindings::fdt_finish_reservemap(page)
+                | bindings::fdt_begin_node(page, c"".as_char_ptr())
+                | bindings::fdt_property(
+                    page,
+                    c"compatible".as_char_ptr(),
+                    compatible.as_ptr().cast(),
+                    compatible.len() as c_int,
+                )
+                | bindings::fdt_property(
+                    page,
+                    name.as_ptr(),
+                    map.as_ptr().cast(),
+                    map.len() as c_int,
+                )
+                | bindings::fdt_end_node(page)
+                | bindings::fdt_finish(page)
+        };
+        if error != 0 {
+            return Err(FdtError::Format(error));
         }
+        Ok(())
     }
 
     /// Returns the FDT for reading.
@@ -586,5 +578,12 @@ impl RootFdt {
             bindings::fdt_pack(self.0);
         }
         true
+    }
+}
+
+impl Drop for RootFdt {
+    fn drop(&mut self) {
+        // SAFETY: Locked by `lock()`.
+        unsafe { bindings::kho_glue_unlock_fdt() };
     }
 }

@@ -20,15 +20,13 @@
 use super::kho_key::{
     Block,
     Key,
-    Order,
-    Pfn, //
+    Order, //
 };
 use super::kho_radix::{
     NoMemory,
     Node,
     NodeAddr,
     NodeMem,
-    Open,
     Run,
     Runs,
     Tree,
@@ -36,6 +34,7 @@ use super::kho_radix::{
     LEAF_BITS, //
 };
 use super::kho_range::Frames;
+use super::PAGE_SHIFT;
 
 /// Orders that a block in RAM can have: physical addresses have at most 52 bits on every
 /// architecture with KHO.
@@ -57,6 +56,7 @@ pub(crate) enum Refusal {
 }
 
 impl From<NoMemory> for Refusal {
+    #[inline]
     fn from(_: NoMemory) -> Self {
         Self::NoMemory
     }
@@ -64,6 +64,7 @@ impl From<NoMemory> for Refusal {
 
 impl Refusal {
     /// Returns what to tell the user, and the physical address it is about; 0 if none.
+    #[inline]
     pub(crate) const fn what(self) -> (&'static str, u64) {
         match self {
             Self::NoMemory => ("no memory to check it with", 0),
@@ -104,6 +105,7 @@ pub(crate) trait Machine {
 ///
 /// How long a walk of a broken tree takes is bounded: there are only as many leaves to look at as
 /// it takes to describe the RAM there is.
+#[link_section = ".init.text"]
 pub(crate) fn survey<M: NodeMem, S: NodeMem>(
     tree: &Tree<M>,
     machine: &dyn Machine,
@@ -113,93 +115,132 @@ pub(crate) fn survey<M: NodeMem, S: NodeMem>(
         machine,
         seen,
         nodes: 0,
+        refusal: None,
     };
-    tree.visit(&mut survey)?;
-    Ok(survey.nodes)
+    tree.visit(&mut survey);
+    match survey.refusal {
+        None => Ok(survey.nodes),
+        Some(refusal) => Err(refusal),
+    }
 }
 
 struct Survey<'a, S> {
     machine: &'a dyn Machine,
     seen: &'a Tree<S>,
     nodes: u64,
+    refusal: Option<Refusal>,
 }
 
 impl<S: NodeMem> Visitor for Survey<'_, S> {
-    type Error = Refusal;
-
-    fn node(&mut self, addr: NodeAddr, first: u64, last: u64) -> Result<(), Refusal> {
+    #[link_section = ".init.text"]
+    fn node(&mut self, addr: NodeAddr, first: u64, last: u64) -> bool {
         let phys = addr.get();
-        let node = Pfn::from_phys(phys)
-            .and_then(|pfn| Frames::new(pfn, 1))
+        let node = Frames::exact(phys, 1 << PAGE_SHIFT)
             .filter(|frames| self.machine.is_ram(*frames) && !self.machine.in_scratch(*frames))
-            .and_then(|frames| Key::new(frames.start()))
-            .ok_or(Refusal::Node(phys))?;
-        if !self.seen.add(&Open, node)? {
-            return Err(Refusal::Node(phys));
-        }
-        if !reaches_ram(first, last, self.machine.ram_end()) {
-            return Err(Refusal::Reach(phys));
-        }
+            .and_then(|frames| Key::new(frames.start()));
+        self.refusal = match node.map(|node| self.seen.add(node)) {
+            Some(Err(NoMemory)) => Some(Refusal::NoMemory),
+            None | Some(Ok(false)) => Some(Refusal::Node(phys)),
+            Some(Ok(true)) if !reaches_ram(first, last, self.machine.ram_end()) => {
+                Some(Refusal::Reach(phys))
+            }
+            Some(Ok(true)) => None,
+        };
         self.nodes = self.nodes.wrapping_add(1);
-        Ok(())
+        self.refusal.is_none()
     }
 
-    fn leaf(&mut self, _first: u64, _leaf: &Node) -> Result<(), Refusal> {
-        Ok(())
+    #[link_section = ".init.text"]
+    fn leaf(&mut self, _first: u64, _leaf: &Node) -> bool {
+        true
     }
 }
 
 /// Returns whether any key from `first` to `last` names a block below frame `ram_end`.
+#[link_section = ".init.text"]
 fn reaches_ram(first: u64, last: u64, ram_end: u64) -> bool {
-    Order::all()
-        .take_while(|order| order.pages() <= ram_end)
-        .any(|order| {
-            let (lowest, _) = Key::bounds(order);
-            let blocks = ram_end >> order.get();
-            // OVERFLOW: The key of the last block of RAM is one, and so has fewer than 64 bits.
-            let highest = lowest.get().wrapping_add(blocks).wrapping_sub(1);
-            first <= highest && lowest.get() <= last
-        })
+    for order in Order::all() {
+        let blocks = ram_end.wrapping_shr(order.get());
+        if blocks == 0 {
+            break;
+        }
+        let (lowest, _) = Key::bounds(order);
+        // OVERFLOW: The key of the last block of RAM is one, and so has fewer than 64 bits.
+        let highest = lowest.get().wrapping_add(blocks).wrapping_sub(1);
+        if first <= highest && lowest.get() <= last {
+            return true;
+        }
+    }
+    false
 }
 
-/// Calls `mark` with ranges that cover all preserved memory and all nodes of a tree that
-/// [`survey`] has found sound. The ranges are no finer than `grain`, a power of two of frames: who
-/// asks is interested in what lies between them at that scale.
-pub(crate) fn busy<M: NodeMem>(
+/// Notes in `blocks` which blocks of order `grain` hold any preserved memory or a node of the
+/// tree, which [`survey`] must have found sound; each as its number in memory.
+#[link_section = ".init.text"]
+pub(crate) fn busy<M: NodeMem, S: NodeMem>(
     tree: &Tree<M>,
     grain: Order,
-    mark: &mut dyn FnMut(Frames) -> Result<(), Refusal>,
+    blocks: &Tree<S>,
 ) -> Result<(), Refusal> {
-    tree.visit(&mut Busy { grain, mark })
+    let mut busy = Busy {
+        grain,
+        blocks,
+        refusal: None,
+    };
+    tree.visit(&mut busy);
+    busy.refusal.map_or(Ok(()), Err)
 }
 
-struct Busy<'a> {
+struct Busy<'a, S> {
     grain: Order,
-    mark: &'a mut dyn FnMut(Frames) -> Result<(), Refusal>,
+    blocks: &'a Tree<S>,
+    refusal: Option<Refusal>,
 }
 
-impl Visitor for Busy<'_> {
-    type Error = Refusal;
+impl<S: NodeMem> Busy<'_, S> {
+    #[link_section = ".init.text"]
+    fn mark(&mut self, frames: Option<Frames>, at: u64) -> bool {
+        let Some(frames) = frames else {
+            self.refusal = Some(Refusal::Reach(at));
+            return false;
+        };
+        let grain = self.grain.get();
+        let mut block = frames.start().wrapping_shr(grain);
+        while block <= frames.end().wrapping_sub(1).wrapping_shr(grain) {
+            // A frame number, shifted to the right, is always a key.
+            if Key::new(block).is_some_and(|key| self.blocks.add(key).is_err()) {
+                self.refusal = Some(Refusal::NoMemory);
+                return false;
+            }
+            block = block.wrapping_add(1);
+        }
+        true
+    }
+}
 
-    fn node(&mut self, addr: NodeAddr, _first: u64, _last: u64) -> Result<(), Refusal> {
-        let node = Frames::covering(addr.get(), 1).ok_or(Refusal::Node(addr.get()))?;
-        (self.mark)(node)
+impl<S: NodeMem> Visitor for Busy<'_, S> {
+    #[link_section = ".init.text"]
+    fn node(&mut self, addr: NodeAddr, _first: u64, _last: u64) -> bool {
+        self.mark(Frames::covering(addr.get(), 1), addr.get())
     }
 
-    fn leaf(&mut self, first: u64, leaf: &Node) -> Result<(), Refusal> {
+    #[link_section = ".init.text"]
+    fn leaf(&mut self, first: u64, leaf: &Node) -> bool {
         // Blocks of a small order all lie in the same grain: one bit stands for all of them.
         let order = Key::new(first).and_then(Key::block).map(Block::order);
-        let fine = order.is_some_and(|order| order.get() + LEAF_BITS <= self.grain.get());
+        let fine = order.is_some_and(|order| {
+            order.get().wrapping_add(LEAF_BITS) <= self.grain.get()
+        });
         for (bit, count) in leaf.runs() {
-            let frames = Key::new(first | bit)
-                .and_then(|first| Frames::of_run(Run { first, count }))
-                .ok_or(Refusal::Reach(first))?;
-            (self.mark)(frames)?;
+            let frames = Key::new(first | bit).and_then(|first| Frames::of_run(Run { first, count }));
+            if !self.mark(frames, first) {
+                return false;
+            }
             if fine {
                 break;
             }
         }
-        Ok(())
+        true
     }
 }
 
@@ -211,179 +252,201 @@ pub(crate) struct Census {
     pub(crate) ranges: u64,
     /// Frames in those ranges.
     pub(crate) frames: u64,
-    /// The first frame that more than one block claims.
+    /// The first frame that was found to be in more than one block.
     pub(crate) overlap: Option<u64>,
 }
 
-/// Checks every preserved range against the machine.
-pub(crate) fn check<M: NodeMem>(tree: &Tree<M>, machine: &dyn Machine) -> Result<Census, Refusal> {
-    let mut census = Census {
-        blocks: [0; ORDERS],
-        ranges: 0,
-        frames: 0,
-        overlap: None,
-    };
-    for (order, blocks) in Order::all().zip(census.blocks.iter_mut()) {
-        for run in tree.runs(order) {
-            *blocks = blocks.wrapping_add(run.count);
-        }
+impl Census {
+    /// Returns the orders that have blocks, and how many.
+    pub(crate) fn orders(&self) -> impl Iterator<Item = (Order, u64)> + '_ {
+        Order::all()
+            .zip(self.blocks.iter().copied())
+            .filter(|(_, count)| *count > 0)
     }
-    let mut union = Union::new(tree, &census.blocks);
+}
+
+/// Checks every preserved range against the machine.
+#[link_section = ".init.text"]
+pub(crate) fn check<M: NodeMem>(tree: &Tree<M>, machine: &dyn Machine) -> Result<Census, Refusal> {
+    let mut union = Union::new(tree);
+    let mut ranges = 0u64;
+    let mut frames = 0u64;
     while let Some(range) = union.next() {
         if !machine.is_ram(range) || machine.in_scratch(range) {
             return Err(Refusal::Range(range));
         }
-        census.ranges = census.ranges.wrapping_add(1);
-        census.frames = census.frames.wrapping_add(range.count());
+        ranges = ranges.wrapping_add(1);
+        frames = frames.wrapping_add(range.count());
     }
-    census.overlap = union.overlap;
-    Ok(census)
+    Ok(Census {
+        blocks: union.blocks,
+        ranges,
+        frames,
+        overlap: union.overlap,
+    })
 }
 
 /// Reserves what [`check`] found and marks every block, or leaves the machine as it was.
 ///
 /// Memory that several blocks claim is reserved like all other, and goes to the largest of them:
 /// the others are not marked, so that no frame can be restored twice.
+#[link_section = ".init.text"]
 pub(crate) fn apply<M: NodeMem>(
     tree: &Tree<M>,
     machine: &mut dyn Machine,
     census: &Census,
 ) -> Result<(), Refusal> {
-    let mut union = Union::new(tree, &census.blocks);
+    let mut union = Union::new(tree);
     let mut done = 0u64;
     while let Some(range) = union.next() {
         if let Err(errno) = machine.reserve(range) {
-            let mut union = Union::new(tree, &census.blocks);
-            for _ in 0..done {
-                if let Some(range) = union.next() {
-                    machine.release(range);
-                }
+            let mut union = Union::new(tree);
+            while let Some(range) = union.next().filter(|_| done > 0) {
+                machine.release(range);
+                done = done.wrapping_sub(1);
             }
             return Err(Refusal::Reserve(range, errno));
         }
         done = done.wrapping_add(1);
     }
-    for (order, _) in active(&census.blocks) {
+    for (order, _) in census.orders() {
         for run in tree.runs(order) {
-            let Some(first) = run.first.block() else {
-                continue;
-            };
-            if census.overlap.is_none() {
-                machine.adopt(first, run.count);
-                continue;
-            }
-            for block in (0..run.count)
-                .filter_map(|i| Key::new(run.first.get().wrapping_add(i)).and_then(Key::block))
-            {
-                if !is_claimed(tree, &census.blocks, block) {
-                    machine.adopt(block, 1);
-                }
-            }
+            adopt(tree, machine, census, run);
         }
     }
     Ok(())
 }
 
-/// Returns whether a larger block contains `block`.
-fn is_claimed<M: NodeMem>(tree: &Tree<M>, blocks: &[u64; ORDERS], block: Block) -> bool {
-    active(blocks)
-        .filter(|(order, _)| *order > block.order())
-        .any(|(order, _)| tree.contains(Key::of(block.enclosing(order))))
-}
-
-/// Returns the orders that have blocks, and how many.
-pub(crate) fn active(blocks: &[u64; ORDERS]) -> impl Iterator<Item = (Order, u64)> + '_ {
-    Order::all()
-        .zip(blocks.iter().copied())
-        .filter(|(_, count)| *count > 0)
-}
-
-/// The preserved memory of all orders as disjoint ranges, ascending and as long as they can be.
-struct Union<'a, M> {
-    heads: [Option<Head<'a, M>>; ORDERS],
-    overlap: Option<u64>,
+/// Marks the blocks of a run, but those in a larger block.
+#[link_section = ".init.text"]
+fn adopt<M: NodeMem>(tree: &Tree<M>, machine: &mut dyn Machine, census: &Census, run: Run) {
+    let Some(first) = run.first.block() else {
+        return;
+    };
+    if census.overlap.is_none() {
+        machine.adopt(first, run.count);
+        return;
+    }
+    for i in 0..run.count {
+        let Some(block) = Key::new(run.first.get().wrapping_add(i)).and_then(Key::block) else {
+            return;
+        };
+        let claimed = census.orders().any(|(order, _)| {
+            order > block.order() && tree.contains(Key::of(block.enclosing(order)))
+        });
+        if !claimed {
+            machine.adopt(block, 1);
+        }
+    }
 }
 
 /// The next run of one order.
 struct Head<'a, M> {
     frames: Frames,
+    order: Order,
     runs: Runs<'a, M>,
 }
 
+/// The preserved memory of all orders as disjoint ranges, ascending and as long as they can be.
+struct Union<'a, M> {
+    /// The orders that have runs left come first.
+    heads: [Option<Head<'a, M>>; ORDERS],
+    /// Blocks that were seen, by order.
+    blocks: [u64; ORDERS],
+    overlap: Option<u64>,
+}
+
 impl<'a, M: NodeMem> Union<'a, M> {
-    fn new(tree: &'a Tree<M>, blocks: &[u64; ORDERS]) -> Self {
+    #[link_section = ".init.text"]
+    #[inline(never)]
+    fn new(tree: &'a Tree<M>) -> Self {
         let mut union = Self {
             heads: [const { None }; ORDERS],
+            blocks: [0; ORDERS],
             overlap: None,
         };
-        for (slot, (order, _)) in union.heads.iter_mut().zip(active(blocks)) {
+        let mut heads = union.heads.iter_mut();
+        for order in Order::all().take(ORDERS) {
             let mut runs = tree.runs(order);
-            *slot = runs
-                .next()
-                .and_then(Frames::of_run)
-                .map(|frames| Head { frames, runs });
+            if let Some(frames) = advance(&mut runs, order, &mut union.blocks) {
+                if let Some(head) = heads.next() {
+                    *head = Some(Head {
+                        frames,
+                        order,
+                        runs,
+                    });
+                }
+            }
         }
         union
     }
 
-    /// Takes the run that starts first.
-    #[inline]
-    fn pop(&mut self) -> Option<Frames> {
-        let mut first: Option<&mut Option<Head<'a, M>>> = None;
-        for slot in self.heads.iter_mut() {
-            // The slots that are used come first and are never emptied while others follow.
-            let Some(head) = slot else { break };
-            let earlier = match &first {
-                Some(Some(best)) => head.frames.start() < best.frames.start(),
-                _ => true,
-            };
-            if earlier {
-                first = Some(slot);
+    /// Returns the next range.
+    #[link_section = ".init.text"]
+    #[inline(never)]
+    fn next(&mut self) -> Option<Frames> {
+        let mut range: Option<Frames> = None;
+        loop {
+            // The run that starts first. There are as many as there are orders in use.
+            let mut first: Option<&mut Option<Head<'a, M>>> = None;
+            let mut start = u64::MAX;
+            for slot in self.heads.iter_mut() {
+                let Some(head) = slot else { break };
+                if head.frames.start() < start {
+                    start = head.frames.start();
+                    first = Some(slot);
+                }
             }
-        }
-        let slot = first?;
-        let head = slot.as_mut()?;
-        let frames = head.frames;
-        match head.runs.next().and_then(Frames::of_run) {
-            Some(next) => head.frames = next,
-            None => {
-                *slot = None;
-                // Close the gap.
-                if let Some(last) = self.heads.iter().rposition(Option::is_some) {
-                    if let Some(hole) = self.heads.iter().position(Option::is_none) {
-                        if hole < last {
-                            self.heads.swap(hole, last);
-                        }
+            let Some(slot) = first else { return range };
+            let Some(head) = slot else { return range };
+            range = match range {
+                None => Some(head.frames),
+                Some(range) => {
+                    let Some(joined) = range.join(head.frames) else {
+                        return Some(range);
+                    };
+                    if range.overlaps(head.frames) {
+                        self.overlap.get_or_insert(start);
                     }
+                    Some(joined)
+                }
+            };
+            match advance(&mut head.runs, head.order, &mut self.blocks) {
+                Some(frames) => head.frames = frames,
+                None => {
+                    *slot = None;
+                    self.close_gap();
                 }
             }
         }
-        Some(frames)
     }
 
-    /// Returns the next range.
-    #[inline]
-    fn next(&mut self) -> Option<Frames> {
-        let mut range = self.pop()?;
-        loop {
-            let next = self.peek();
-            let Some(joined) = next.and_then(|next| range.join(next)) else {
-                return Some(range);
-            };
-            if let Some(next) = next.filter(|next| next.overlaps(range)) {
-                self.overlap.get_or_insert(next.start());
+    /// Moves the last head to the slot that has become free.
+    #[link_section = ".init.text"]
+    fn close_gap(&mut self) {
+        let free = self.heads.iter().position(Option::is_none);
+        let last = self.heads.iter().rposition(Option::is_some);
+        if let (Some(free), Some(last)) = (free, last) {
+            if free < last {
+                let head = self.heads.get_mut(last).and_then(Option::take);
+                if let Some(slot) = self.heads.get_mut(free) {
+                    *slot = head;
+                }
             }
-            range = joined;
-            self.pop();
         }
     }
+}
 
-    /// Returns the run that starts first.
-    #[inline]
-    fn peek(&self) -> Option<Frames> {
-        self.heads
-            .iter()
-            .map_while(|slot| slot.as_ref().map(|head| head.frames))
-            .min_by_key(|frames| frames.start())
+/// Takes the next run and counts its blocks.
+#[inline]
+fn advance<M: NodeMem>(
+    runs: &mut Runs<'_, M>,
+    order: Order,
+    blocks: &mut [u64; ORDERS],
+) -> Option<Frames> {
+    let run = runs.next()?;
+    if let Some(count) = blocks.get_mut(order.get() as usize) {
+        *count = count.wrapping_add(run.count);
     }
+    Frames::of_run(run)
 }

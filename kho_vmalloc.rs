@@ -34,24 +34,18 @@ use super::kho_sys::{
 use core::ptr::NonNull;
 use kernel::{
     bindings,
-    pr_warn_once,
     prelude::*, //
 };
 
 /// The flags of an area that can be preserved: those that the next kernel can give it again.
-const SUPPORTED: usize = (bindings::VM_ALLOC | bindings::VM_ALLOW_HUGE_VMAP) as usize;
+const ALLOC: usize = bindings::VM_ALLOC as usize;
+const HUGE_VMAP: usize = bindings::VM_ALLOW_HUGE_VMAP as usize;
 
 /// `VM_ALLOC` in `struct kho_vmalloc`; ABI.
 const KHO_ALLOC: u16 = 1 << 0;
 
 /// `VM_ALLOW_HUGE_VMAP` in `struct kho_vmalloc`; ABI.
 const KHO_HUGE_VMAP: u16 = 1 << 1;
-
-/// Each flag of an area and what stands for it in the handover.
-const FLAGS: [(usize, u16); 2] = [
-    (bindings::VM_ALLOC as usize, KHO_ALLOC),
-    (bindings::VM_ALLOW_HUGE_VMAP as usize, KHO_HUGE_VMAP),
-];
 
 fn frames_at(phys: u64, order: Order) -> Option<Frames> {
     Frames::new(Pfn::from_phys(phys)?, order.pages())
@@ -66,54 +60,26 @@ fn frames_at(phys: u64, order: Order) -> Option<Frames> {
 struct Chunk(Frames);
 
 impl Chunk {
-    /// Makes a chunk of the page at `phys`.
-    ///
-    /// # Safety
-    ///
-    /// There must be RAM, used as a chunk.
-    unsafe fn at(phys: u64) -> Option<Self> {
-        // INVARIANT: By the caller's contract.
-        frames_at(phys, Order::ZERO).map(Self)
-    }
-
     /// Allocates and preserves one.
     fn new() -> Result<Self> {
         let phys = kho_sys::alloc_page().ok_or(ENOMEM)?;
-        // SAFETY: The page is ours.
-        let chunk = unsafe { Self::at(phys) }.ok_or(EINVAL)?;
-        if let Err(error) = kho_pages::preserve_frames(chunk.0) {
+        let preserved = frames_at(phys, Order::ZERO)
+            .ok_or(EINVAL)
+            .and_then(|frames| kho_pages::preserve_frames(frames).map(|()| frames));
+        // INVARIANT: The page is ours.
+        preserved.map(Self).inspect_err(|_| {
             // SAFETY: As above.
             unsafe { kho_sys::free_page(phys) };
-            return Err(error);
-        }
-        Ok(chunk)
+        })
     }
 
     fn as_ptr(&self) -> *mut bindings::kho_vmalloc_chunk {
         kho_sys::virt(self.0.phys())
     }
 
-    fn next(&self) -> u64 {
-        // SAFETY: By the type invariant; the address is the only thing that is ever in there.
-        unsafe { (*self.as_ptr()).hdr.next.phys }
-    }
-
-    fn set_next(&self, phys: u64) {
+    fn set_next(&self, next: Self) {
         // SAFETY: By the type invariant.
-        unsafe { (*self.as_ptr()).hdr.next.phys = phys };
-    }
-
-    /// Returns the entry at `index`, or 0 at the end.
-    fn entry(&self, index: usize) -> u64 {
-        // SAFETY: By the type invariant; the reference does not leave this function.
-        let entries = unsafe { &(*self.as_ptr()).phys };
-        entries.get(index).copied().unwrap_or(0)
-    }
-
-    fn entries(&self) -> impl Iterator<Item = u64> + '_ {
-        (0..)
-            .map(|index| self.entry(index))
-            .take_while(|phys| *phys != 0)
+        unsafe { (*self.as_ptr()).hdr.next.phys = next.0.phys() };
     }
 
     /// Writes the entry at `index`; returns whether there is room for it.
@@ -130,37 +96,128 @@ impl Chunk {
     }
 }
 
-/// Returns the chunks of a list that this kernel has made or has checked, from `phys` on.
-///
-/// # Safety
-///
-/// All that the list names must be chunks.
-unsafe fn chunks(phys: u64) -> impl Iterator<Item = Chunk> {
-    let mut next = phys;
-    core::iter::from_fn(move || {
-        // SAFETY: By the caller's contract.
-        let chunk = (next != 0).then(|| unsafe { Chunk::at(next) })??;
-        // Read before the caller gives the chunk away.
-        next = chunk.next();
-        Some(chunk)
-    })
+/// What [`each`] does with the memory that a list names, and with its chunks.
+#[derive(Clone, Copy)]
+enum Do {
+    /// Finds out whether it is preserved, and can be restored.
+    Check,
+    /// Claims it.
+    Claim,
+    /// Puts it back.
+    Unclaim,
+    /// Writes its struct pages to an array.
+    List(NonNull<*mut bindings::page>),
+    /// Makes it allocated memory, but frees the chunks.
+    Take,
+    /// Undoes its preservation, and frees the chunks.
+    Unpreserve,
 }
 
-/// Undoes the preservation of a list and frees the chunks.
+/// Does something with the parts of a list, until it fails or `limit` pages have been seen. A
+/// chunk and each of its entries are such parts.
+///
+/// Returns how many parts it was done with, and how many pages of the area there are, if it did not
+/// fail.
 ///
 /// # Safety
 ///
-/// The list at `first` must have been made by [`preserve`], and not be used after this.
-unsafe fn unpreserve_list(first: u64, order: Order) {
-    // SAFETY: By the caller's contract.
-    for chunk in unsafe { chunks(first) } {
-        for frames in chunk.entries().filter_map(|phys| frames_at(phys, order)) {
-            kho_pages::unpreserve_frames(frames);
+/// All that the list names must be chunks and memory, to which that may be done; with
+/// [`Do::Check`] there need only be RAM in what is preserved. An array must have `limit` entries.
+unsafe fn each(
+    what: Do,
+    first: u64,
+    order: Order,
+    limit: u64,
+) -> (u64, Option<u64>) {
+    let mut parts = 0u64;
+    let mut pages = 0u64;
+    let mut next = first;
+    while next != 0 {
+        let Some(chunk) = frames_at(next, Order::ZERO) else {
+            return (parts, None);
+        };
+        let done = match what {
+            // Every chunk but the last one has pages: a list that never ends is found out.
+            Do::Check => parts <= pages.saturating_mul(2) && kho_pages::is_preserved(chunk),
+            Do::Claim => kho_pages::claim(chunk),
+            Do::Unclaim => {
+                kho_pages::unclaim(chunk);
+                true
+            }
+            _ => true,
+        };
+        if !done {
+            return (parts, None);
         }
-        kho_pages::unpreserve_frames(chunk.0);
-        // SAFETY: It was allocated by `Chunk::new()`.
-        unsafe { kho_sys::free_page(chunk.0.phys()) };
+        parts = parts.wrapping_add(1);
+
+        // INVARIANT: By the caller's contract.
+        let at = Chunk(chunk).as_ptr();
+        // SAFETY: By the type invariant. Nothing changes a chunk that is in a list, and the
+        // reference is not used after it is given away.
+        let (entries, link) = unsafe { (&(*at).phys, (*at).hdr.next.phys) };
+        for phys in entries {
+            if *phys == 0 || (matches!(what, Do::Unclaim) && parts >= limit) {
+                break;
+            }
+            let Some(frames) = frames_at(*phys, order) else {
+                return (parts, None);
+            };
+            let done = match what {
+                Do::Check => {
+                    pages.wrapping_add(frames.count()) <= limit && kho_pages::is_preserved(frames)
+                }
+                Do::Claim => kho_pages::claim(frames),
+                Do::Unclaim => {
+                    kho_pages::unclaim(frames);
+                    true
+                }
+                // SAFETY: By the caller's contract the array is long enough.
+                Do::List(array) => unsafe { list(array.add(pages as usize), frames) },
+                Do::Take => {
+                    kho_pages::take(frames);
+                    true
+                }
+                Do::Unpreserve => {
+                    kho_pages::unpreserve_frames(frames);
+                    true
+                }
+            };
+            if !done {
+                return (parts, None);
+            }
+            parts = parts.wrapping_add(1);
+            pages = pages.wrapping_add(frames.count());
+        }
+        match what {
+            Do::Take => kho_pages::take(chunk),
+            Do::Unpreserve => kho_pages::unpreserve_frames(chunk),
+            Do::Unclaim if parts >= limit => break,
+            _ => {}
+        }
+        if matches!(what, Do::Take | Do::Unpreserve) {
+            // SAFETY: It is an allocated page now, and by the caller's contract nobody else's.
+            unsafe { kho_sys::free_page(chunk.phys()) };
+        }
+        next = link;
     }
+    (parts, Some(pages))
+}
+
+/// Writes the struct pages of `frames` to `array`; returns whether there are any.
+///
+/// # Safety
+///
+/// `array` must have room for them.
+unsafe fn list(array: NonNull<*mut bindings::page>, frames: Frames) -> bool {
+    for i in 0..frames.count() {
+        let Some(page) = Page::online(frames.start().wrapping_add(i)) else {
+            return false;
+        };
+        // SAFETY: By the caller's contract.
+        unsafe { array.add(i as usize).write(page.as_ptr()) };
+    }
+    true
 }
 
 /// Preserves the area that starts at `ptr`, all of it or nothing, and returns what describes it.
@@ -172,7 +229,7 @@ unsafe fn unpreserve_list(first: u64, order: Order) {
 pub(crate) fn preserve(ptr: *mut c_void) -> Result<bindings::kho_vmalloc> {
     // SAFETY: Takes any address. The area stays: it is the caller's.
     let area = unsafe { bindings::find_vm_area(ptr).as_ref() }.ok_or(EINVAL)?;
-    if area.flags & !SUPPORTED != 0 {
+    if area.flags & !(ALLOC | HUGE_VMAP) != 0 {
         return Err(EOPNOTSUPP);
     }
     // SAFETY: As above.
@@ -183,7 +240,7 @@ pub(crate) fn preserve(ptr: *mut c_void) -> Result<bindings::kho_vmalloc> {
     let first = Chunk::new()?;
     if let Err(error) = fill(first, area, order) {
         // SAFETY: `fill()` leaves a list of all that it preserved.
-        unsafe { unpreserve_list(first.0.phys(), order) };
+        unsafe { each(Do::Unpreserve, first.0.phys(), order, u64::MAX) };
         return Err(error);
     }
 
@@ -191,10 +248,12 @@ pub(crate) fn preserve(ptr: *mut c_void) -> Result<bindings::kho_vmalloc> {
     preservation.first.phys = first.0.phys();
     preservation.total_pages = total_pages;
     preservation.order = order.get() as u16;
-    preservation.flags = FLAGS
-        .iter()
-        .filter(|(flag, _)| area.flags & flag != 0)
-        .fold(0, |flags, (_, kho)| flags | kho);
+    if area.flags & ALLOC != 0 {
+        preservation.flags |= KHO_ALLOC;
+    }
+    if area.flags & HUGE_VMAP != 0 {
+        preservation.flags |= KHO_HUGE_VMAP;
+    }
     Ok(preservation)
 }
 
@@ -203,7 +262,8 @@ fn fill(first: Chunk, area: &bindings::vm_struct, order: Order) -> Result {
     let mut chunk = first;
     let mut index = 0usize;
     let step = order.pages() as usize;
-    for i in (0..area.nr_pages).step_by(step) {
+    let mut i = 0usize;
+    while i < area.nr_pages {
         // SAFETY: The area has that many pages, and the caller keeps it.
         let frames = unsafe { kho_sys::page_frames(*area.pages.add(i), step) }.ok_or(EINVAL)?;
         kho_pages::preserve_frames(frames)?;
@@ -212,10 +272,11 @@ fn fill(first: Chunk, area: &bindings::vm_struct, order: Order) -> Result {
             kho_pages::unpreserve_frames(frames);
             return Err(EINVAL);
         }
+        i = i.wrapping_add(step);
         index = index.wrapping_add(1);
         if index == bindings::KHO_VMALLOC_SIZE {
             let next = Chunk::new()?;
-            chunk.set_next(next.0.phys());
+            chunk.set_next(next);
             chunk = next;
             index = 0;
         }
@@ -231,108 +292,7 @@ fn fill(first: Chunk, area: &bindings::vm_struct, order: Order) -> Result {
 pub(crate) unsafe fn unpreserve(preservation: &bindings::kho_vmalloc) {
     if let Some(order) = Order::new(preservation.order.into()) {
         // SAFETY: By the caller's contract; the address is the only thing ever in there.
-        unsafe { unpreserve_list(preservation.first.phys, order) };
-    }
-}
-
-/// What [`preserve`] wrote in another kernel, found to be whole.
-struct Preserved {
-    first: u64,
-    order: Order,
-    pages: usize,
-}
-
-impl Preserved {
-    /// Checks that all that the list names is preserved and can be restored, and that it has as
-    /// many pages as it says.
-    fn check(preservation: &bindings::kho_vmalloc) -> Option<Self> {
-        let order = Order::new(preservation.order.into())
-            .filter(|order| order.get() <= bindings::KHO_MAX_PAGE_ORDER)?;
-        let total = u64::from(preservation.total_pages);
-        // SAFETY: The address is the only thing that is ever in there.
-        let first = unsafe { preservation.first.phys };
-        let mut pages = 0u64;
-        let mut next = first;
-        // Each chunk but the last is full, so that a list which never ends is found out.
-        while next != 0 && pages <= total {
-            let frames = frames_at(next, Order::ZERO).filter(|it| kho_pages::is_preserved(*it))?;
-            // SAFETY: It is RAM; nobody has restored it, and what it says is not relied on.
-            let chunk = unsafe { Chunk::at(frames.phys()) }?;
-            let before = pages;
-            for phys in chunk.entries() {
-                frames_at(phys, order).filter(|it| kho_pages::is_preserved(*it))?;
-                pages = pages.checked_add(order.pages())?;
-            }
-            next = chunk.next();
-            if pages == before && next != 0 {
-                return None;
-            }
-        }
-        (next == 0 && pages == total && pages > 0).then_some(Self {
-            first,
-            order,
-            pages: pages as usize,
-        })
-    }
-
-    fn chunks(&self) -> impl Iterator<Item = Chunk> {
-        // SAFETY: All of the list has been checked.
-        unsafe { chunks(self.first) }
-    }
-
-    /// Calls `each` with all the memory that belongs to the area, each chunk before what it
-    /// names, until that returns false; returns whether it never did.
-    fn all(&self, each: &mut dyn FnMut(Frames) -> bool) -> bool {
-        self.chunks().all(|chunk| {
-            each(chunk.0)
-                && chunk
-                    .entries()
-                    .filter_map(|phys| frames_at(phys, self.order))
-                    .all(&mut *each)
-        })
-    }
-
-    /// Claims everything, or nothing.
-    fn claim(&self) -> bool {
-        let mut claimed = 0usize;
-        if self.all(&mut |frames| {
-            let ours = kho_pages::claim(frames);
-            claimed = claimed.wrapping_add(ours.into());
-            ours
-        }) {
-            return true;
-        }
-        // Somebody else restores part of it at the same time.
-        self.all(&mut |frames| {
-            let ours = claimed > 0;
-            if ours {
-                kho_pages::unclaim(frames);
-                claimed = claimed.wrapping_sub(1);
-            }
-            ours
-        });
-        false
-    }
-
-    /// Lists the struct pages of the area in `pages`, which has room for all of them.
-    fn list(&self, pages: NonNull<*mut bindings::page>) -> Option<()> {
-        let mut index = 0usize;
-        for chunk in self.chunks() {
-            for frames in chunk
-                .entries()
-                .filter_map(|phys| frames_at(phys, self.order))
-            {
-                for pfn in frames.start()..frames.end() {
-                    if index >= self.pages {
-                        return None;
-                    }
-                    // SAFETY: The array has `self.pages` entries.
-                    unsafe { pages.add(index).write(Page::online(pfn)?.as_ptr()) };
-                    index = index.wrapping_add(1);
-                }
-            }
-        }
-        (index == self.pages).then_some(())
+        unsafe { each(Do::Unpreserve, preservation.first.phys, order, u64::MAX) };
     }
 }
 
@@ -340,55 +300,64 @@ impl Preserved {
 ///
 /// All that can fail is done before any memory is claimed.
 pub(crate) fn restore(preservation: &bindings::kho_vmalloc) -> Option<*mut c_void> {
-    let flags = FLAGS
-        .iter()
-        .filter(|(_, kho)| preservation.flags & kho != 0)
-        .fold(0, |flags, (flag, _)| flags | flag);
-    let Some(preserved) = Preserved::check(preservation) else {
-        pr_warn_once!("a vmalloc area cannot be restored: it is not preserved whole\n");
+    let order = Order::new(preservation.order.into())
+        .filter(|order| order.get() <= bindings::KHO_MAX_PAGE_ORDER)?;
+    let total = u64::from(preservation.total_pages);
+    // SAFETY: The address is the only thing that is ever in there.
+    let first = unsafe { preservation.first.phys };
+    // SAFETY: What is preserved is RAM, and nobody has restored it; what is in it is not relied on.
+    if total == 0 || unsafe { each(Do::Check, first, order, total) }.1 != Some(total) {
+        pr_warn!("a vmalloc area cannot be restored: it is not preserved whole\n");
         return None;
-    };
+    }
+    // Flags that are not known say nothing about the memory.
+    let is_alloc = preservation.flags & KHO_ALLOC != 0;
+    let mut flags = if is_alloc { ALLOC } else { 0 };
+    if preservation.flags & KHO_HUGE_VMAP != 0 {
+        flags |= HUGE_VMAP;
+    }
 
+    let pages = total as usize;
     // SAFETY: Takes any number; the result is freed below, or by whoever frees the area.
-    let array = NonNull::new(unsafe { bindings::kho_glue_alloc_pages_array(preserved.pages) })?;
-    let area = preserved.list(array).and_then(|()| {
-        // SAFETY: The array has that many struct pages.
-        let area = unsafe {
-            bindings::kho_glue_vmap(
-                array.as_ptr(),
-                preserved.pages,
-                preserved.order.get(),
-                flags,
-            )
-        };
-        NonNull::new(area)
-    });
-    let Some(area) = area else {
-        // SAFETY: Allocated above, and not used any more.
-        unsafe { bindings::kvfree(array.as_ptr().cast()) };
-        return None;
+    let array = NonNull::new(unsafe { bindings::kho_glue_alloc_pages_array(pages) })?;
+    let mut area = core::ptr::null_mut();
+    // SAFETY: All of the list has been checked, and the array has an entry for each page.
+    let restored = unsafe {
+        each(Do::List(array), first, order, total).1.is_some()
+            && {
+                area = bindings::kho_glue_vmap(array.as_ptr(), pages, order.get(), flags);
+                !area.is_null()
+            }
+            && claim(first, order)
     };
-    if !preserved.claim() {
-        // SAFETY: The area has not been shown to anyone yet; the array is freed last.
-        unsafe {
-            bindings::free_vm_area(area.as_ptr());
+    // SAFETY: As above, and all of it is claimed; or the area, which nobody has been shown, and the
+    // array are not used any more.
+    unsafe {
+        if !restored {
+            if !area.is_null() {
+                bindings::free_vm_area(area);
+            }
             bindings::kvfree(array.as_ptr().cast());
+            return None;
         }
-        return None;
+        each(Do::Take, first, order, total);
+        Some(bindings::kho_glue_vmap_done(area, array.as_ptr(), pages, is_alloc))
     }
+}
 
-    for chunk in preserved.chunks() {
-        chunk
-            .entries()
-            .filter_map(|phys| frames_at(phys, preserved.order))
-            .for_each(kho_pages::take);
-        kho_pages::take(chunk.0);
-        // SAFETY: It has just become an allocated page, with nobody but us knowing of it.
-        unsafe { kho_sys::free_page(chunk.0.phys()) };
+/// Claims all parts of a list, or nothing.
+///
+/// # Safety
+///
+/// The list must have been checked.
+unsafe fn claim(first: u64, order: Order) -> bool {
+    // SAFETY: By the caller's contract.
+    unsafe {
+        let (claimed, all) = each(Do::Claim, first, order, u64::MAX);
+        if all.is_none() && claimed > 0 {
+            // Somebody else restores part of it at the same time.
+            each(Do::Unclaim, first, order, claimed);
+        }
+        all.is_some()
     }
-    let vm_alloc = flags & bindings::VM_ALLOC as usize != 0;
-    // SAFETY: The area was made for these pages.
-    Some(unsafe {
-        bindings::kho_glue_vmap_done(area.as_ptr(), array.as_ptr(), preserved.pages, vm_alloc)
-    })
 }
