@@ -1,3 +1,572 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! KUnit suites, run in the kernel at boot.
+//! KUnit suites, run in the kernel at boot, before init.
+//!
+//! What needs no kernel is tested on the host, see `host/`. Here are the parts that do: nodes from
+//! the page allocator, struct pages, vmalloc areas and libfdt. To be restored, memory need not
+//! come from another kernel: the tests write the marks that takeover would have written to pages
+//! of their own.
+//!
+//! All suites pass with KHO on and off. What is refused with KHO off is part of the tests; see
+//! [`expect`].
+
+use super::kho_key::Order;
+use super::kho_sys::{
+    self,
+    Mark,
+    Page, //
+};
+use super::{
+    kho_state,
+    PAGE_SHIFT, //
+};
+use kernel::{
+    bindings,
+    prelude::*, //
+};
+
+/// Returns what an operation on preserved memory has to return that would return `result` with
+/// KHO on.
+fn expect(result: Result) -> c_int {
+    let on = kho_state::is_enabled();
+    super::errno(if on { result } else { Err(EOPNOTSUPP) })
+}
+
+/// Physically contiguous pages, `2^order` of them, that are given back when this is dropped.
+struct Pages {
+    phys: u64,
+    order: u32,
+    free: bool,
+}
+
+impl Pages {
+    fn new(order: u32) -> Result<Self> {
+        // Not compound: they are single pages in one block.
+        // SAFETY: The order is one of the page allocator's.
+        let virt = unsafe { bindings::get_free_pages_noprof(bindings::GFP_KERNEL, order) };
+        if virt == 0 {
+            return Err(ENOMEM);
+        }
+        Ok(Self {
+            phys: kho_sys::phys(virt as *mut c_void),
+            order,
+            free: true,
+        })
+    }
+
+    fn count(&self) -> usize {
+        1 << self.order
+    }
+
+    fn phys(&self, index: u64) -> u64 {
+        self.phys.wrapping_add(index << PAGE_SHIFT)
+    }
+
+    fn page(&self, index: u64) -> Result<Page> {
+        Page::online(self.phys(index) >> PAGE_SHIFT).ok_or(EINVAL)
+    }
+
+    fn ptr(&self, index: u64) -> *mut bindings::page {
+        self.page(index).map_or(core::ptr::null_mut(), Page::as_ptr)
+    }
+
+    fn mark(&self, index: u64, order: u32) -> Result {
+        let order = Order::new(order).ok_or(EINVAL)?;
+        self.page(index)?.mark(Mark::Preserved, order);
+        Ok(())
+    }
+
+    /// Returns whether a block of `order` that starts at `index` could be restored.
+    fn is_marked(&self, index: u64, order: u32) -> bool {
+        self.page(index)
+            .ok()
+            .and_then(|page| page.order(Mark::Preserved))
+            .is_some_and(|found| found.get() == order)
+    }
+
+    /// Takes back what `count` restored pages have added to the zone's count: they were in it.
+    fn forget(&self, count: usize) {
+        // SAFETY: The page is there.
+        unsafe { bindings::adjust_managed_page_count(self.ptr(0), -(count as isize)) };
+    }
+}
+
+impl Drop for Pages {
+    fn drop(&mut self) {
+        if self.free {
+            // SAFETY: Allocated like that. Every page but the first has no reference of its own,
+            // which is what freeing them as a block takes; marks are not looked at.
+            unsafe {
+                for index in 0..self.count() as u64 {
+                    if let Ok(page) = self.page(index) {
+                        kernel::bindings::kho_glue_page_private(page.as_ptr()).write(0);
+                    }
+                }
+                bindings::free_pages(kho_sys::virt::<c_void>(self.phys) as usize, self.order);
+            }
+        }
+    }
+}
+
+#[kunit_tests(rust_kho_radix)]
+mod radix {
+    use super::super::kho_key::Key;
+    use super::super::kho_radix::{
+        Node,
+        NodeAddr,
+        Removal,
+        Tree,
+        Visitor, //
+    };
+    use super::super::kho_sys::Direct;
+    use super::*;
+
+    /// Counts nodes and keys.
+    #[derive(Default)]
+    struct Count {
+        nodes: u64,
+        keys: u64,
+    }
+
+    impl Visitor for Count {
+        fn node(&mut self, _addr: NodeAddr, _first: u64, _last: u64) -> bool {
+            self.nodes += 1;
+            true
+        }
+
+        fn leaf(&mut self, _first: u64, leaf: &Node) -> bool {
+            self.keys += leaf.runs().map(|(_, count)| count).sum::<u64>();
+            true
+        }
+    }
+
+    fn count(tree: &Tree<Direct>) -> (u64, u64) {
+        let mut count = Count::default();
+        tree.visit(&mut count);
+        (count.nodes, count.keys)
+    }
+
+    fn key(key: u64) -> Result<Key> {
+        Key::new(key).ok_or(ERANGE)
+    }
+
+    fn tree() -> Result<Tree<Direct>> {
+        // SAFETY: The tree is made here.
+        Tree::new(unsafe { Direct::new() }).map_err(|_| ENOMEM)
+    }
+
+    extern "C" fn sum_leaf(key: usize, data: *mut c_void) -> c_int {
+        // SAFETY: The test passes a number.
+        unsafe { *data.cast::<u64>() += key as u64 };
+        0
+    }
+
+    extern "C" fn stop_leaf(_key: usize, _data: *mut c_void) -> c_int {
+        -7
+    }
+
+    #[test]
+    fn nodes_come_and_go() -> Result {
+        let tree = tree()?;
+        assert_eq!(count(&tree), (1, 0));
+        assert!(tree.add(key(5)?) == Ok(true));
+        assert!(tree.add(key(5)?) == Ok(false));
+        assert_eq!(count(&tree), (6, 1));
+        // The same leaf, the next leaf, and one at the other end of the tree.
+        assert!(tree.add(key(6)?) == Ok(true));
+        assert_eq!(count(&tree), (6, 2));
+        assert!(tree.add(key(1 << 15)?) == Ok(true));
+        assert_eq!(count(&tree), (7, 3));
+        assert!(tree.add(Key::MAX) == Ok(true));
+        assert_eq!(count(&tree), (12, 4));
+
+        assert!(tree.remove(key(7)?) == Removal::Absent);
+        assert!(tree.remove(key(5)?) == Removal::Removed);
+        assert!(tree.remove(key(6)?) == Removal::Emptied);
+        assert!(tree.remove(Key::MAX) == Removal::Emptied);
+        assert_eq!(count(&tree), (12, 1));
+        kho_sys::prune(&tree);
+        assert_eq!(count(&tree), (6, 1));
+        assert!(tree.contains(key(1 << 15)?));
+        assert!(tree.remove(key(1 << 15)?) == Removal::Emptied);
+        kho_sys::prune(&tree);
+        assert_eq!(count(&tree), (1, 0));
+        tree.destroy();
+        Ok(())
+    }
+
+    #[test]
+    fn c_api() -> Result {
+        let mut c = bindings::kho_radix_tree::default();
+        let walk = |leaf| bindings::kho_radix_walk_cb { leaf, node: None };
+        let mut sum = 0u64;
+        // SAFETY: The tree is initialised first and destroyed last.
+        unsafe {
+            let tree = &raw mut c;
+            let data = (&raw mut sum).cast();
+            assert_eq!(crate::kho_radix_init_tree(tree, core::ptr::null_mut()), 0);
+            for key in [1, 2, 3, 1000, 1 << 40] {
+                assert_eq!(crate::kho_radix_add_key(tree, key), 0);
+            }
+            // Adding a key twice is no error here: it is a set.
+            assert_eq!(crate::kho_radix_add_key(tree, 2), 0);
+            assert_eq!(crate::kho_radix_add_key(tree, 1 << 53), ERANGE.to_errno());
+            crate::kho_radix_del_key(tree, 3);
+            assert_eq!(crate::kho_radix_walk_tree(tree, &walk(Some(sum_leaf)), data), 0);
+            assert_eq!(sum, 1 + 2 + 1000 + (1 << 40));
+            assert_eq!(crate::kho_radix_walk_tree(tree, &walk(Some(stop_leaf)), data), -7);
+            crate::kho_radix_destroy_tree(tree);
+            assert!((*tree).root.is_null());
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn outgoing_tree_is_pruned() -> Result {
+        let Some(tree) = kho_state::out_tree() else {
+            assert!(!kho_state::is_enabled());
+            return Ok(());
+        };
+        kho_state::prune();
+        let before = count(&tree);
+        // No block of RAM has this key, and it is gone before anyone else looks.
+        let (odd, _) = Key::bounds(Order::new(30).ok_or(EINVAL)?);
+        assert!(tree.add(odd) == Ok(true));
+        assert!(count(&tree).0 > before.0);
+        assert!(tree.remove(odd) == Removal::Emptied);
+        kho_state::prune();
+        assert_eq!(count(&tree), before);
+        Ok(())
+    }
+}
+
+#[kunit_tests(rust_kho_pages)]
+mod pages {
+    use super::*;
+
+    #[test]
+    fn double_preservation_is_noticed() -> Result {
+        let pages = Pages::new(2)?;
+        // SAFETY: The pages are ours.
+        unsafe {
+            let page = pages.ptr(0);
+            assert_eq!(crate::kho_preserve_pages(page, 4), expect(Ok(())));
+            assert_eq!(crate::kho_preserve_pages(page, 4), expect(Err(EEXIST)));
+            crate::kho_unpreserve_pages(page, 4);
+            assert_eq!(crate::kho_preserve_pages(page, 4), expect(Ok(())));
+            crate::kho_unpreserve_pages(page, 4);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn failed_preservation_leaves_nothing() -> Result {
+        let pages = Pages::new(3)?;
+        // SAFETY: The pages are ours.
+        unsafe {
+            // Pages 1 to 6 are cut into 1, 2-3, 4-5, 6; the third cut is taken.
+            assert_eq!(crate::kho_preserve_pages(pages.ptr(4), 2), expect(Ok(())));
+            assert_eq!(crate::kho_preserve_pages(pages.ptr(1), 6), expect(Err(EEXIST)));
+            // What came before it is free again, and it is not.
+            assert_eq!(crate::kho_preserve_pages(pages.ptr(1), 3), expect(Ok(())));
+            assert_eq!(crate::kho_preserve_pages(pages.ptr(4), 2), expect(Err(EEXIST)));
+            crate::kho_unpreserve_pages(pages.ptr(1), 3);
+            crate::kho_unpreserve_pages(pages.ptr(4), 2);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn preserve_phys_checks_its_arguments() -> Result {
+        let pages = Pages::new(1)?;
+        let phys = pages.phys;
+        let size = bindings::PAGE_SIZE;
+        let einval = EINVAL.to_errno();
+        // SAFETY: Always safe to call; the pages are ours.
+        unsafe {
+            assert_eq!(crate::kho_preserve_phys(phys + 1, size), einval);
+            assert_eq!(crate::kho_preserve_phys(phys, size - 1), einval);
+            assert_eq!(crate::kho_preserve_phys(phys, size + 1), einval);
+            assert_eq!(crate::kho_preserve_phys(phys, 0), einval);
+            assert_eq!(crate::kho_preserve_phys(0u64.wrapping_sub(size as u64), 2 * size), einval);
+            // No RAM is there.
+            assert_eq!(crate::kho_preserve_phys(1 << 51, size), einval);
+            assert_eq!(crate::kho_preserve_phys(phys, 2 * size), expect(Ok(())));
+            assert_eq!(crate::kho_preserve_phys(phys, 2 * size), expect(Err(EEXIST)));
+            crate::kho_unpreserve_pages(pages.ptr(0), 2);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn alloc_preserve_checks_its_size() -> Result {
+        // SAFETY: Always safe to call.
+        unsafe {
+            let error = |size| {
+                kernel::error::from_err_ptr(crate::kho_alloc_preserve(size)).map_err(|e| e.to_errno())
+            };
+            assert!(error(0) == Err(EINVAL.to_errno()));
+            assert!(error(bindings::PAGE_SIZE << 20) == Err(E2BIG.to_errno()));
+            match kernel::error::from_err_ptr(crate::kho_alloc_preserve(3 * bindings::PAGE_SIZE)) {
+                Ok(mem) => {
+                    assert!(kho_state::is_enabled());
+                    let folio = bindings::kho_glue_folio(bindings::kho_glue_virt_to_folio(mem));
+                    assert_eq!(folio.order, 2);
+                    crate::kho_unpreserve_free(mem);
+                }
+                Err(error) => assert_eq!(error.to_errno(), expect(Ok(()))),
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn folio_is_restored_once() -> Result {
+        let mut pages = Pages::new(2)?;
+        // SAFETY: The pages are ours, and given away as a folio.
+        unsafe {
+            assert!(crate::kho_restore_folio(pages.phys).is_null());
+            pages.mark(0, 2)?;
+            // Neither inside the block nor unaligned.
+            assert!(crate::kho_restore_folio(pages.phys(1)).is_null());
+            let folio = crate::kho_restore_folio(pages.phys);
+            assert!(!folio.is_null());
+            pages.free = false;
+            pages.forget(4);
+            let found = bindings::kho_glue_folio(folio);
+            assert_eq!(found.order, 2);
+            assert_eq!(found.pfn as u64, pages.phys >> PAGE_SHIFT);
+            assert!(crate::kho_restore_folio(pages.phys).is_null());
+            bindings::kho_glue_folio_put(folio);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn huge_block_is_no_folio() -> Result {
+        let pages = Pages::new(0)?;
+        pages.mark(0, 40)?;
+        // SAFETY: Always safe to call.
+        assert!(unsafe { crate::kho_restore_folio(pages.phys) }.is_null());
+        assert!(pages.is_marked(0, 40));
+        Ok(())
+    }
+
+    #[test]
+    fn pages_are_restored_as_they_were_cut() -> Result {
+        let mut pages = Pages::new(2)?;
+        // As on two nodes: four pages would be one block, but are two of order 0 and one of order
+        // 1, and the last one of them is missing at first.
+        pages.mark(0, 0)?;
+        pages.mark(1, 0)?;
+        // SAFETY: The pages are ours, and given away one by one.
+        unsafe {
+            assert!(crate::kho_restore_pages(pages.phys, 4).is_null());
+            // Nothing was taken.
+            assert!(pages.is_marked(0, 0));
+            assert!(pages.is_marked(1, 0));
+            pages.mark(2, 1)?;
+            // Not in the middle of a block either, and not nothing.
+            assert!(crate::kho_restore_pages(pages.phys, 3).is_null());
+            assert!(crate::kho_restore_pages(pages.phys, 0).is_null());
+            assert!(crate::kho_restore_pages(pages.phys + 8, 1).is_null());
+            assert!(pages.is_marked(2, 1));
+
+            let page = crate::kho_restore_pages(pages.phys, 4);
+            assert!(core::ptr::eq(page, pages.ptr(0)));
+            pages.free = false;
+            pages.forget(4);
+            assert!(crate::kho_restore_pages(pages.phys, 4).is_null());
+            // Each has a reference of its own now.
+            for index in 0..4 {
+                kho_sys::free_page(pages.phys(index));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[kunit_tests(rust_kho_vmalloc)]
+mod vmalloc {
+    use super::*;
+    use kernel::error::to_result;
+
+    /// Tries all pages of an area one by one: [`Ok`] if none is preserved.
+    ///
+    /// # Safety
+    ///
+    /// `area` must be an area of `count` pages.
+    unsafe fn none_preserved(area: *mut c_void, count: usize, step: usize) -> Result {
+        for index in (0..count).step_by(step) {
+            // SAFETY: By the caller's contract.
+            unsafe {
+                let page = *(*bindings::find_vm_area(area)).pages.add(index);
+                to_result(crate::kho_preserve_pages(page, step))?;
+                crate::kho_unpreserve_pages(page, step);
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn failed_preservation_leaves_nothing() -> Result {
+        let size = bindings::PAGE_SIZE;
+        let huge = size << 9;
+        // SAFETY: The areas are ours.
+        unsafe {
+            for (area, pages) in [
+                (bindings::vmalloc_noprof(4 * size), 4),
+                (bindings::vmalloc_huge_node_noprof(2 * huge, bindings::GFP_KERNEL, -1), 1024),
+            ] {
+                if area.is_null() {
+                    return Err(ENOMEM);
+                }
+                let vm = bindings::find_vm_area(area);
+                let step = 1usize << bindings::get_vm_area_page_order(vm);
+                let last = *(*vm).pages.add(pages - step);
+                let mut preservation = bindings::kho_vmalloc::default();
+
+                let result = crate::kho_preserve_vmalloc(area, &mut preservation);
+                assert_eq!(result, expect(Ok(())));
+                if result == 0 {
+                    crate::kho_unpreserve_vmalloc(&mut preservation);
+                    assert!(none_preserved(area, pages, step).is_ok());
+
+                    // The last pages cannot be preserved: somebody else has.
+                    assert_eq!(crate::kho_preserve_pages(last, step), 0);
+                    let result = crate::kho_preserve_vmalloc(area, &mut preservation);
+                    assert_eq!(result, EEXIST.to_errno());
+                    crate::kho_unpreserve_pages(last, step);
+                    assert!(none_preserved(area, pages, step).is_ok());
+                }
+                bindings::vfree(area);
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn what_cannot_be_preserved_is_refused() -> Result {
+        let pages = Pages::new(0)?;
+        let mut preservation = bindings::kho_vmalloc::default();
+        // SAFETY: Takes any address. The direct map is no area.
+        let result = unsafe {
+            crate::kho_preserve_vmalloc(kho_sys::virt(pages.phys), &mut preservation)
+        };
+        assert_eq!(result, EINVAL.to_errno());
+        Ok(())
+    }
+
+    #[test]
+    fn area_is_restored_whole_or_not_at_all() -> Result {
+        let mut pages = Pages::new(2)?;
+        let chunk: *mut bindings::kho_vmalloc_chunk = kho_sys::virt(pages.phys);
+        // SAFETY: The pages are ours, and given away as an area of three and a chunk.
+        unsafe {
+            chunk.cast::<u8>().write_bytes(0, bindings::PAGE_SIZE);
+            for index in 1..4 {
+                (*chunk).phys[index as usize - 1] = pages.phys(index);
+                kho_sys::virt::<u64>(pages.phys(index)).write(index);
+            }
+            let mut preservation = bindings::kho_vmalloc::default();
+            preservation.first.phys = pages.phys;
+            preservation.flags = 1;
+            preservation.total_pages = 3;
+
+            // The last page is missing.
+            for index in 0..3 {
+                pages.mark(index, 0)?;
+            }
+            assert!(crate::kho_restore_vmalloc(&preservation).is_null());
+            pages.mark(3, 0)?;
+            // There are more or fewer than said.
+            preservation.total_pages = 4;
+            assert!(crate::kho_restore_vmalloc(&preservation).is_null());
+            preservation.total_pages = 2;
+            assert!(crate::kho_restore_vmalloc(&preservation).is_null());
+            preservation.total_pages = 3;
+            // The list never ends.
+            (*chunk).hdr.next.phys = pages.phys;
+            assert!(crate::kho_restore_vmalloc(&preservation).is_null());
+            (*chunk).hdr.next.phys = 0;
+            // The order is none.
+            preservation.order = 60;
+            assert!(crate::kho_restore_vmalloc(&preservation).is_null());
+            preservation.order = 0;
+            // After all that, nothing is lost.
+            for index in 0..4 {
+                assert!(pages.is_marked(index, 0));
+            }
+
+            let area = crate::kho_restore_vmalloc(&preservation);
+            assert!(!area.is_null());
+            pages.free = false;
+            pages.forget(4);
+            for index in 0..3u64 {
+                let at = area.cast::<u8>().add(index as usize * bindings::PAGE_SIZE);
+                assert_eq!(at.cast::<u64>().read(), index + 1);
+            }
+            assert!(crate::kho_restore_vmalloc(&preservation).is_null());
+            bindings::vfree(area);
+        }
+        Ok(())
+    }
+}
+
+#[kunit_tests(rust_kho_subtree)]
+mod subtree {
+    use super::*;
+
+    /// Names of subtrees that nobody else has.
+    fn name(index: usize) -> [u8; 16] {
+        let mut name = *b"kunit-subtree--\0";
+        name[13] = b'a' + (index / 26) as u8;
+        name[14] = b'a' + (index % 26) as u8;
+        name
+    }
+
+    #[test]
+    fn full_fdt_stays_whole() -> Result {
+        let pages = Pages::new(0)?;
+        let blob = kho_sys::virt::<c_void>(pages.phys);
+        // Each subtree takes about 80 of the page's 4096 bytes.
+        let mut added = 0;
+        // SAFETY: The names end with a NUL; each blob is an address in the page.
+        unsafe {
+            let result = loop {
+                let at = blob.cast::<u8>().add(added).cast();
+                let result = crate::kho_add_subtree(name(added).as_ptr(), at, 1);
+                if result != 0 || added > 500 {
+                    break result;
+                }
+                added += 1;
+            };
+            assert_eq!(result, expect(Err(ENOMEM)));
+            assert!(added > 10 || !kho_state::is_enabled());
+            // The one that did not fit left nothing behind, and the others are still known.
+            let result = crate::kho_add_subtree(name(0).as_ptr(), blob, 1);
+            let full = result == ENOMEM.to_errno();
+            assert!(full || result == expect(Err(EEXIST)));
+            for index in 0..added {
+                crate::kho_remove_subtree(blob.cast::<u8>().add(index).cast());
+            }
+            assert_eq!(crate::kho_add_subtree(name(0).as_ptr(), blob, 1), expect(Ok(())));
+            assert_eq!(crate::kho_add_subtree(name(0).as_ptr(), blob, 1), expect(Err(EEXIST)));
+            crate::kho_remove_subtree(blob);
+            // Once more, and never there: nothing happens.
+            crate::kho_remove_subtree(blob);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn what_was_not_handed_over_is_not_found() -> Result {
+        let mut phys = 0;
+        // SAFETY: The name ends with a NUL.
+        let result = unsafe {
+            crate::kho_retrieve_subtree(name(0).as_ptr(), &mut phys, core::ptr::null_mut())
+        };
+        assert_eq!(result, ENOENT.to_errno());
+        Ok(())
+    }
+}
