@@ -60,7 +60,7 @@ use kho_sys::Direct;
 const __LOG_PREFIX: &[u8] = b"KHO\0";
 
 /// The page size, as a power of two.
-const PAGE_SHIFT: u32 = bindings::PAGE_SHIFT as u32;
+const PAGE_SHIFT: u32 = bindings::PAGE_SHIFT;
 
 // The ABI's constants and layouts, against ours.
 const _: () = {
@@ -263,10 +263,8 @@ unsafe extern "C" fn kho_restore_folio(phys: u64) -> *mut bindings::folio {
     reason = "always safe to call; unsafe for `#[export]`"
 )]
 unsafe extern "C" fn kho_restore_pages(phys: u64, nr_pages: usize) -> *mut bindings::page {
-    kho_key::Pfn::from_phys(phys)
-        .and_then(|pfn| Frames::new(pfn, nr_pages as u64))
-        .and_then(kho_pages::restore_frames)
-        .map_or(ptr::null_mut(), kho_sys::Page::as_ptr)
+    let frames = kho_key::Pfn::from_phys(phys).and_then(|pfn| Frames::new(pfn, nr_pages as u64));
+    kho_pages::restore_frames(frames, phys).map_or(ptr::null_mut(), kho_sys::Page::as_ptr)
 }
 
 /// # Safety
@@ -495,7 +493,9 @@ unsafe extern "C" fn kho_radix_add_key(tree: *mut bindings::kho_radix_tree, key:
 unsafe extern "C" fn kho_radix_del_key(tree: *mut bindings::kho_radix_tree, key: usize) {
     // SAFETY: By the caller's contract.
     if let (Some(tree), Some(key)) = (unsafe { radix(tree) }, Key::new(key as u64)) {
-        warn_on!(tree.remove(key) == Removal::Absent);
+        if tree.remove(key) == Removal::Absent {
+            kho_sys::complain("deleting a key that is not in the tree", key.get());
+        }
     }
 }
 

@@ -281,6 +281,11 @@ const char *kho_glue_release(void)
 	return init_uts_ns.name.release;
 }
 
+u64 kho_glue_cycles(void)
+{
+	return get_cycles();
+}
+
 /* debugfs */
 
 static struct kho_debugfs kho_in_dbg, kho_out_dbg;

@@ -15,7 +15,7 @@
 #include <linux/kho_radix_tree.h>
 #include <linux/libfdt.h>
 #include <linux/memblock.h>
-#include <linux/sched/clock.h>
+#include <linux/timex.h>
 #include <linux/utsname.h>
 #include <linux/vmalloc.h>
 
@@ -91,6 +91,7 @@ int kho_glue_next_memory_node(int nid);
 bool kho_glue_is_kdump_kernel(void);
 void kho_glue_kmemleak_ignore(phys_addr_t phys);
 const char *kho_glue_release(void);
+u64 kho_glue_cycles(void);
 
 /* debugfs; no-ops without CONFIG_KEXEC_HANDOVER_DEBUGFS */
 int kho_glue_debugfs_init(void);

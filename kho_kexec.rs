@@ -98,7 +98,9 @@ pub(crate) unsafe fn locate_hole(
     // SAFETY: By the caller's contract.
     let size = unsafe { (*buffer).memsz } >> 10;
     let largest = largest >> 10;
-    pr_err!("no room for {size} KiB in scratch, with areas of up to {largest} KiB; see kho_scratch=\n");
+    pr_err!(
+        "no room for {size} KiB in scratch, with areas of up to {largest} KiB; see kho_scratch=\n"
+    );
     Some(Err(EADDRNOTAVAIL))
 }
 
@@ -112,8 +114,8 @@ pub(crate) fn read_metadata() -> u32 {
     let blob = unsafe { kho_state::subtree(bindings::KHO_METADATA_NODE_NAME.as_ptr()) };
     // It is fine to have left none.
     let Ok(blob) = blob else { return 0 };
-    if blob.size < size_of::<u32>() as u64 || !super::kho_memblock::is_blob_ram(blob) {
-        pr_warn!("kexec-metadata blob of {} bytes is none\n", blob.size);
+    if blob.size < size_of::<u32>() as u64 {
+        pr_warn!("kexec-metadata blob too small: {} bytes\n", blob.size);
         return 0;
     }
     let metadata = kho_sys::virt::<Metadata>(blob.phys);

@@ -17,10 +17,7 @@
 //!
 //! Everything here is `__init`; it runs on one CPU, before there is anything else.
 
-use super::kho_fdt::{
-    Blob,
-    FdtError, //
-};
+use super::kho_fdt::FdtError;
 use super::kho_key::{
     Block,
     Key,
@@ -46,6 +43,7 @@ use super::kho_sys::{
 };
 use super::kho_takeover::{
     self,
+    Census,
     Machine,
     Refusal, //
 };
@@ -79,8 +77,10 @@ static mut SCRATCH: Scratch = Scratch::DEFAULT;
 /// Physical address of the root of the tree that was handed over and found sound; 0 if none.
 static IN_TREE: AtomicU64 = AtomicU64::new(0);
 
-/// Nodes of that tree.
-static IN_NODES: AtomicU64 = AtomicU64::new(0);
+/// What was found in that tree, and the number of its nodes.
+// Only `survey()` writes it and only `take_over()` reads it.
+#[link_section = ".init.data"]
+static mut FOUND: Option<(Census, u64)> = None;
 
 /// Whether this kernel runs in the scratch areas that it was handed.
 static INHERITED: AtomicBool = AtomicBool::new(false);
@@ -103,7 +103,7 @@ pub(crate) unsafe fn parse_scratch(arg: *const c_char) {
     };
     let Some(scratch) = Scratch::parse(text) else {
         let text = core::str::from_utf8(text).unwrap_or("?");
-        pr_err!("kho_scratch={text}: neither N% nor LOWMEM,GLOBAL,PERNODE; using 200%\n");
+        pr_err!("kho_scratch={text}: neither N% nor LOWMEM,GLOBAL,PERNODE; ignored\n");
         return;
     };
     match scratch {
@@ -194,7 +194,7 @@ pub(crate) fn populate(fdt_phys: u64, fdt_len: u64, scratch_phys: u64, scratch_l
     {
         return refuse(("a scratch area is not made of pages", scratch_phys));
     }
-    for (done, area) in areas.iter().enumerate() {
+    for area in areas {
         // From here on, memblock may need memory for its own arrays, which has to be scratch.
         // SAFETY: Early boot.
         let error = unsafe {
@@ -204,10 +204,7 @@ pub(crate) fn populate(fdt_phys: u64, fdt_len: u64, scratch_phys: u64, scratch_l
             }
         };
         if error != 0 {
-            for area in areas.iter().take(done) {
-                // SAFETY: Early boot.
-                unsafe { bindings::memblock_clear_kho_scratch(area.addr, area.size) };
-            }
+            unmark(areas);
             return refuse(("memblock does not take a scratch area", scratch_phys));
         }
     }
@@ -216,6 +213,7 @@ pub(crate) fn populate(fdt_phys: u64, fdt_len: u64, scratch_phys: u64, scratch_l
     unsafe {
         let none = bindings::NUMA_NO_NODE;
         if bindings::__memblock_reserve(scratch_phys, scratch_len, none, 0) != 0 {
+            unmark(areas);
             return refuse((
                 "memblock does not take the table of scratch areas",
                 scratch_phys,
@@ -231,7 +229,32 @@ pub(crate) fn populate(fdt_phys: u64, fdt_len: u64, scratch_phys: u64, scratch_l
     pr_info!("found kexec handover data.\n");
 }
 
-/// Surveys the tree that was handed over, and lets memblock allocate from where it leaves room.
+/// Checks the FDT again, on the memory where it is used from now on, and that its subtrees are in
+/// memory. Returns where the tree is.
+#[link_section = ".init.text"]
+fn check_fdt() -> Result<NodeAddr, (&'static str, u64)> {
+    let (at, len) = kho_state::handover_range();
+    if !Frames::covering(at, len).is_some_and(is_memory) {
+        return Err((FdtError::Magic.what(), at));
+    }
+    let checked = || {
+        let fdt = kho_state::in_fdt().ok_or(FdtError::Magic)?;
+        let root = fdt.memory_map()?;
+        Ok((fdt, root))
+    };
+    let (fdt, root) = checked().map_err(|error: FdtError| (error.what(), at))?;
+    for blob in fdt.blobs() {
+        let frames = blob
+            .ok()
+            .and_then(|blob| Frames::covering(blob.phys, blob.size));
+        if !frames.is_some_and(is_memory) {
+            return Err((FdtError::Blob.what(), at));
+        }
+    }
+    Ok(root)
+}
+
+/// Checks what was handed over, and lets memblock allocate from where it leaves room.
 #[link_section = ".init.text"]
 pub(crate) fn init_early() {
     kho_sys::init_direct_map();
@@ -244,13 +267,15 @@ pub(crate) fn init_early() {
     unsafe { bindings::kho_scratch = kho_sys::virt(table) };
     if !kho_state::is_enabled() {
         refuse(("KHO is off here, and nobody would take it back", 0));
-        return drop_scratch();
+        // This kernel has no use for scratch.
+        unmark(kho_sys::scratch());
+        // SAFETY: Early boot.
+        unsafe { bindings::kho_scratch_cnt = 0 };
+        return;
     }
-    // The same checks as before the direct map was there, on the memory that is used from now on.
-    let fdt = kho_state::in_fdt().ok_or(FdtError::Magic);
-    let root = match fdt.and_then(|fdt| fdt.memory_map()) {
+    let root = match check_fdt() {
         Ok(root) => root,
-        Err(error) => return refuse((error.what(), kho_state::handover().unwrap_or(0))),
+        Err(why) => return refuse(why),
     };
     if let Err(refusal) = survey(root) {
         return refuse(refusal.what());
@@ -258,15 +283,13 @@ pub(crate) fn init_early() {
     IN_TREE.store(root.get(), Ordering::Relaxed);
 }
 
-/// Gives up the scratch areas that were handed over: this kernel has no use for them.
+/// Makes scratch areas memory as any other.
 #[link_section = ".init.text"]
-fn drop_scratch() {
-    for area in kho_sys::scratch() {
+fn unmark(areas: &[bindings::kho_scratch]) {
+    for area in areas {
         // SAFETY: Early boot.
         unsafe { bindings::memblock_clear_kho_scratch(area.addr, area.size) };
     }
-    // SAFETY: Early boot.
-    unsafe { bindings::kho_scratch_cnt = 0 };
 }
 
 #[link_section = ".init.text"]
@@ -279,7 +302,11 @@ fn survey(root: NodeAddr) -> Result<(), Refusal> {
     let seen = Tree::new(direct())?;
     let nodes = kho_takeover::survey(&tree, &machine, &seen);
     seen.destroy();
-    IN_NODES.store(nodes?, Ordering::Relaxed);
+    let nodes = nodes?;
+    // All that can be wrong with it is found now: soon there will be users of what was handed over.
+    let census = kho_takeover::check(&tree, &machine)?;
+    // SAFETY: Early boot; see the static.
+    unsafe { FOUND = Some((census, nodes)) };
 
     // Nothing in an empty node is worth keeping memory free for. The memory of the nodes is free
     // already, as far as memblock knows.
@@ -347,33 +374,38 @@ pub(crate) fn init() {
 
 #[link_section = ".init.text"]
 fn take_over(root: NodeAddr) -> Result<(), Refusal> {
+    // SAFETY: Early boot; see the static.
+    let found = unsafe { (&raw mut FOUND).replace(None) };
+    let Some((census, nodes)) = found else {
+        return Ok(());
+    };
     // SAFETY: May be called at any time.
-    let start = unsafe { bindings::local_clock() };
+    let start = unsafe { bindings::kho_glue_cycles() };
     // SAFETY: It was surveyed.
     let tree = Tree::from_root(unsafe { Direct::new() }, root);
-    let mut machine = Memblock::new();
-    let census = kho_takeover::check(&tree, &machine)?;
-    kho_takeover::apply(&tree, &mut machine, &census)?;
+    kho_takeover::apply(&tree, &mut Memblock::new(), &census)?;
     // SAFETY: As above.
-    let time = unsafe { bindings::local_clock() }.wrapping_sub(start);
+    let cycles = unsafe { bindings::kho_glue_cycles() }.wrapping_sub(start);
 
     if let Some(pfn) = census.overlap {
-        pr_err!(
-            "memory at {:#x} was preserved twice; only the larger block can be restored\n",
-            pfn << PAGE_SHIFT
+        kho_sys::complain(
+            "memory was preserved twice, only the larger block can be restored",
+            pfn << PAGE_SHIFT,
         );
     }
-    pr_info!(
-        "takeover: {} blocks in {} runs, {} pages, {} tree nodes, {} ns\n",
-        census.blocks.iter().fold(0u64, |sum, count| sum.wrapping_add(*count)),
-        census.ranges,
-        census.frames,
-        IN_NODES.load(Ordering::Relaxed),
-        time
-    );
+    let mut blocks = 0u64;
     for (order, count) in census.orders() {
+        blocks = blocks.wrapping_add(count);
         pr_info!("takeover: order {}: {} blocks\n", order.get(), count);
     }
+    pr_info!(
+        "takeover: {} blocks in {} runs, {} pages, {} tree nodes, {} cycles\n",
+        blocks,
+        census.ranges,
+        census.frames,
+        nodes,
+        cycles
+    );
     Ok(())
 }
 
@@ -422,7 +454,9 @@ fn is_memory(frames: Frames) -> bool {
         }
     }
     for region in regions.iter().skip(below) {
-        if at >= end || region.base > at {
+        // What is not in the direct map cannot be preserved, nor hold a node.
+        let mapped = region.flags & bindings::memblock_flags_MEMBLOCK_NOMAP == 0;
+        if at >= end || region.base > at || !mapped {
             break;
         }
         at = region.base.saturating_add(region.size);
@@ -447,8 +481,8 @@ impl Machine for Memblock {
     #[link_section = ".init.text"]
     fn reserve(&mut self, frames: Frames) -> Result<(), i32> {
         let (phys, size) = (frames.phys(), frames.bytes());
-        // In two steps, because part of it may be reserved already, with other flags:
-        // `reserve_mem=` has found its memory before takeover.
+        // In two steps, because memblock does not take a range with flags of which part is
+        // reserved without.
         // SAFETY: Early boot.
         unsafe {
             let none = bindings::NUMA_NO_NODE;
@@ -501,16 +535,6 @@ fn init_pages(pfn: u64, order: Order) {
             }
         }
     }
-}
-
-/// Returns whether a blob is in RAM.
-pub(crate) fn is_blob_ram(blob: Blob) -> bool {
-    let frames = Frames::covering(blob.phys, blob.size);
-    frames.is_some_and(|frames| {
-        frames.count() > 0
-            && Page::online(frames.start()).is_some()
-            && Page::online(frames.end().wrapping_sub(1)).is_some()
-    })
 }
 
 /// Finds memory for the scratch areas, and reserves it.

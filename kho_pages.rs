@@ -17,8 +17,7 @@
 
 use super::kho_key::{
     Block,
-    Key,
-    Order, //
+    Key, //
 };
 use super::kho_radix::Removal;
 use super::kho_range::Frames;
@@ -75,7 +74,7 @@ pub(crate) fn unpreserve(block: Block) {
         Removal::Removed => {}
         Removal::Emptied => kho_sys::schedule_prune(),
         Removal::Absent => {
-            warn_on!(true);
+            kho_sys::complain("unpreserving what is not preserved", block.pfn().phys())
         }
     }
 }
@@ -124,24 +123,24 @@ pub(crate) fn unpreserve_frames(frames: Frames) {
 /// that the next kernel will find; else as [`preserve`].
 pub(crate) fn preserve_phys(phys: u64, size: usize) -> Result {
     let frames = Frames::exact(phys, size as u64).ok_or(EINVAL)?;
-    // Memory comes and goes by sections, so one page of each tells of all. What is no RAM would
-    // make the next kernel refuse all of the handover.
-    let section = 1u64 << (bindings::SECTION_SIZE_BITS - bindings::PAGE_SHIFT);
-    let last = frames.end().wrapping_sub(1);
-    let mut pfn = frames.start();
-    while pfn < last {
-        Page::online(pfn).ok_or(EINVAL)?;
-        pfn = pfn.saturating_add(section);
+    // What is no RAM would make the next kernel refuse all of the handover.
+    // SAFETY: Takes any range.
+    let found = unsafe {
+        bindings::region_intersects(
+            phys,
+            size,
+            bindings::IORESOURCE_SYSTEM_RAM as usize,
+            bindings::IORES_DESC_NONE as usize,
+        )
+    };
+    if found != bindings::REGION_INTERSECTS as c_int {
+        return Err(EINVAL);
     }
-    Page::online(last).ok_or(EINVAL)?;
     preserve_frames(frames)
 }
 
-/// Says that something cannot be restored.
-#[cold]
-fn refuse(phys: u64) {
-    pr_warn!("nothing to restore at {phys:#x}: not preserved, or restored already\n");
-}
+/// What is said when something cannot be restored.
+const NOTHING: &str = "nothing to restore: not preserved, or restored already";
 
 /// Restores a folio with the order it was preserved with; the caller has the only reference.
 /// [`None`] if none was preserved at `phys` or it has been restored.
@@ -157,34 +156,58 @@ pub(crate) fn restore_folio(phys: u64) -> Option<*mut bindings::folio> {
         Some(page.into_folio(order))
     };
     folio().or_else(|| {
-        refuse(phys);
+        kho_sys::complain(NOTHING, phys);
         None
     })
 }
 
-/// Calls `each` with the first page and the order of every block in `frames` that carries `mark`.
-/// Returns false if the blocks that do are not exactly the range, or `each` does.
-fn each_block(frames: Frames, mark: Mark, mut each: impl FnMut(Page, Order) -> bool) -> bool {
-    let mut pfn = frames.start();
-    while pfn < frames.end() {
-        let Some(page) = Page::online(pfn) else {
-            return false;
-        };
-        let Some(order) = page.order(mark) else {
-            return false;
-        };
-        if order.pages() > frames.end().wrapping_sub(pfn) || !each(page, order) {
-            return false;
+/// What [`walk`] does with each block.
+#[derive(Clone, Copy, PartialEq)]
+enum Step {
+    /// Nothing, if it is preserved.
+    Check,
+    /// Claims it.
+    Claim,
+    /// Puts a claimed one back.
+    Unclaim,
+    /// Makes a claimed one single pages.
+    Take,
+}
+
+/// Takes a step with the blocks of `frames`, as they come: whatever the range was cut into when it
+/// was preserved. Stops before one that is not as it has to be, or does not end in the range, and
+/// returns how many frames lie before that.
+fn walk(frames: Frames, step: Step) -> u64 {
+    let (from, to) = match step {
+        Step::Check | Step::Claim => (Mark::Preserved, Mark::Claimed),
+        Step::Unclaim | Step::Take => (Mark::Claimed, Mark::Preserved),
+    };
+    let mut done = 0u64;
+    while let Some(page) = Page::online(frames.start().wrapping_add(done)) {
+        let Some(order) = page.order(from) else { break };
+        if order.pages() > frames.count().wrapping_sub(done) {
+            break;
         }
-        // OVERFLOW: At most the end of the range.
-        pfn = pfn.wrapping_add(order.pages());
+        match step {
+            Step::Check => {}
+            Step::Claim | Step::Unclaim => {
+                if page.turn(from, to).is_none() {
+                    break;
+                }
+            }
+            Step::Take => page.into_pages(order),
+        }
+        done = done.wrapping_add(order.pages());
+        if done == frames.count() {
+            break;
+        }
     }
-    true
+    done
 }
 
 /// Returns whether all of `frames` could be claimed.
 pub(crate) fn is_preserved(frames: Frames) -> bool {
-    each_block(frames, Mark::Preserved, |_, _| true)
+    walk(frames, Step::Check) == frames.count()
 }
 
 /// Claims all of `frames`, or nothing.
@@ -192,46 +215,33 @@ pub(crate) fn claim(frames: Frames) -> bool {
     if !is_preserved(frames) {
         return false;
     }
-    // Blocks are taken as they come, whatever the range was cut into when it was preserved.
-    let mut claimed = 0u64;
-    let all = each_block(frames, Mark::Preserved, |page, order| {
-        let ours = page.turn(Mark::Preserved, Mark::Claimed).is_some();
-        if ours {
-            claimed = claimed.wrapping_add(order.pages());
-        }
-        ours
-    });
-    if !all {
+    let claimed = walk(frames, Step::Claim);
+    if claimed < frames.count() {
         // Somebody else restores part of it at the same time.
         unclaim(frames.head(claimed));
+        return false;
     }
-    all
+    true
 }
 
 /// Undoes [`claim`].
 pub(crate) fn unclaim(frames: Frames) {
-    each_block(frames, Mark::Claimed, |page, _| {
-        page.turn(Mark::Claimed, Mark::Preserved).is_some()
-    });
+    walk(frames, Step::Unclaim);
 }
 
 /// Makes claimed memory single pages that the caller has the only reference to.
 pub(crate) fn take(frames: Frames) {
-    each_block(frames, Mark::Claimed, |page, order| {
-        page.into_pages(order);
-        true
-    });
+    walk(frames, Step::Take);
 }
 
-/// Restores a range of single pages, all of it or nothing.
-pub(crate) fn restore_frames(frames: Frames) -> Option<Page> {
-    let page = Page::online(frames.start())?;
-    if frames.count() == 0 || !claim(frames) {
-        refuse(frames.phys());
-        return None;
+/// Restores a range of single pages, which starts at `phys`, all of it or nothing.
+pub(crate) fn restore_frames(frames: Option<Frames>, phys: u64) -> Option<Page> {
+    if let Some(frames) = frames.filter(|frames| frames.count() > 0 && claim(*frames)) {
+        take(frames);
+        return Page::online(frames.start());
     }
-    take(frames);
-    Some(page)
+    kho_sys::complain(NOTHING, phys);
+    None
 }
 
 /// Allocates a folio of zeroes that is preserved, and returns it.

@@ -2,8 +2,7 @@
 
 //! The `kho_scratch=` parameter, and how large scratch gets.
 //!
-//! Two forms are known, see
-//! [`Documentation/admin-guide/kernel-parameters.txt`](srctree/Documentation/admin-guide/kernel-parameters.txt):
+//! Two forms are known, see `Documentation/admin-guide/kernel-parameters.txt`:
 //!
 //! - `kho_scratch=N%`: in proportion to what early boot has allocated;
 //! - `kho_scratch=LOWMEM,GLOBAL,PERNODE`: sizes in bytes, with K, M, G, T, P or E behind them.

@@ -261,7 +261,7 @@ impl<M: NodeMem> Drop for Stock<'_, M> {
 /// Returns the bits of a key below those that level `level` of the tree resolves.
 #[inline(always)]
 const fn level_shift(level: u32) -> u32 {
-    // OVERFLOW: `level` is at least 1 and less than `DEPTH`, so this is less than 64.
+    // OVERFLOW: `level` is at least 1 and at most `DEPTH`, so this is less than 64.
     LEAF_BITS.wrapping_add(level.wrapping_sub(1).wrapping_mul(TABLE_BITS))
 }
 
@@ -409,7 +409,8 @@ impl<M: NodeMem> Tree<M> {
                 .find_map(|i| NodeAddr::new(node.word(i).follow()).map(|addr| (i, addr)));
             if let Some((index, addr)) = found {
                 if index != start {
-                    key = (key.wrapping_shr(shift) & !(WORDS as u64 - 1) | index).wrapping_shl(shift);
+                    key =
+                        (key.wrapping_shr(shift) & !(WORDS as u64 - 1) | index).wrapping_shl(shift);
                 }
                 if key > last.get() {
                     return None;
@@ -425,14 +426,14 @@ impl<M: NodeMem> Tree<M> {
                 level = level.wrapping_sub(1);
                 continue;
             }
-            // Nothing more here: on to the next entry of the nearest table above that has one.
+            // Nothing more here: on to the entry after this one in the nearest table above that
+            // has one. After the last entry of a table, the sum carries to the tables above it.
+            let shift = level_shift(level.wrapping_add(1));
+            key = key.wrapping_shr(shift).wrapping_add(1).wrapping_shl(shift);
             loop {
                 level = level.wrapping_add(1);
-                let above = (*path.get(level as usize)?)?;
-                let shift = level_shift(level);
-                key = key.wrapping_shr(shift).wrapping_add(1).wrapping_shl(shift);
-                node = above;
-                if key.wrapping_shr(shift) & (WORDS as u64 - 1) != 0 {
+                node = (*path.get(level as usize)?)?;
+                if key.wrapping_shr(level_shift(level)) & (WORDS as u64 - 1) != 0 {
                     break;
                 }
             }
@@ -445,7 +446,7 @@ impl<M: NodeMem> Tree<M> {
         self.runs_between(Key::bounds(order))
     }
 
-    /// Returns the runs of adjacent keys of all leaves that have room for one of `bounds`.
+    /// Returns the runs of adjacent keys from the first to the last of `bounds`.
     pub(crate) fn runs_between(&self, bounds: (Key, Key)) -> Runs<'_, M> {
         Runs {
             tree: self,
@@ -609,6 +610,13 @@ impl<M: NodeMem> Iterator for Runs<'_, M> {
                 continue;
             };
             let first = base | bit;
+            // A leaf may have room for keys of several orders.
+            let left = self.last.get().wrapping_add(1).saturating_sub(first);
+            if left == 0 {
+                self.at = u64::MAX;
+                self.leaf = None;
+                return None;
+            }
             self.at = first.wrapping_add(count);
             // A run that reaches the end of its leaf may go on in the next one.
             while self.at % LEAF_SIZE == 0 {
@@ -624,7 +632,7 @@ impl<M: NodeMem> Iterator for Runs<'_, M> {
             }
             return Some(Run {
                 first: Key::new(first)?,
-                count,
+                count: count.min(left),
             });
         }
     }

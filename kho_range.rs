@@ -124,8 +124,8 @@ impl Frames {
 
     /// Returns whether the two ranges share a frame.
     #[inline]
-    pub(crate) const fn overlaps(self, other: Self) -> bool {
-        self.start < other.end && other.start < self.end
+    pub(crate) fn overlaps(self, other: Self) -> bool {
+        self.start.max(other.start) < self.end.min(other.end)
     }
 
     /// Returns the range from the start of one to the end of the other, if they touch or overlap.
@@ -168,7 +168,12 @@ impl<F: Fn(u64, u64) -> bool> Iterator for Blocks<F> {
         let aligned = start.trailing_zeros();
         let mut order = self.rest.count().checked_ilog2()?.min(aligned);
         // OVERFLOW: The block ends within the range.
-        while order > 0 && !(self.one_node)(start, start.wrapping_add(1u64.wrapping_shl(order).wrapping_sub(1))) {
+        while order > 0
+            && !(self.one_node)(
+                start,
+                start.wrapping_add(1u64.wrapping_shl(order).wrapping_sub(1)),
+            )
+        {
             order = order.wrapping_sub(1);
         }
         let block = Block::new(Pfn::new(start)?, Order::new(order)?)?;

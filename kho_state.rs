@@ -60,10 +60,19 @@ pub(crate) fn handover() -> Option<u64> {
     Some(IN_FDT.load(Ordering::Relaxed)).filter(|phys| *phys != 0)
 }
 
+/// Returns the physical address and the size of the memory with the FDT that was handed over.
+pub(crate) fn handover_range() -> (u64, u64) {
+    (
+        IN_FDT.load(Ordering::Relaxed),
+        IN_FDT_LEN.load(Ordering::Relaxed),
+    )
+}
+
 /// Returns the FDT that was handed over.
 pub(crate) fn in_fdt() -> Option<Fdt> {
     let fdt = kho_sys::virt(handover()?);
-    // SAFETY: There is preserved memory of that size, which stays reserved.
+    // SAFETY: There is memory of that size. The last kernel preserved it, as it did all that it
+    // hands over; if it did not, there are other contents now, which are looked at as such.
     unsafe { Fdt::new(fdt, IN_FDT_LEN.load(Ordering::Relaxed)) }.ok()
 }
 
@@ -117,7 +126,10 @@ unsafe fn show(name: *const c_char, blob: *const c_void, size: usize, root: bool
         // SAFETY: By the caller's contract.
         let error = unsafe { bindings::kho_glue_debugfs_add(name, blob, size, root) };
         if error != 0 {
-            pr_warn!("a blob is not shown in debugfs: error {error}\n");
+            kho_sys::complain(
+                "a blob is not shown in debugfs",
+                kho_sys::phys(blob.cast_mut()),
+            );
         }
     }
 }
@@ -190,7 +202,7 @@ pub(crate) unsafe fn subtree(name: *const c_char) -> Result<Blob> {
         Ok(blob) => Ok(blob),
         Err(FdtError::Absent) => Err(ENOENT),
         Err(error) => {
-            pr_warn!("handed-over FDT: {}\n", error.what());
+            kho_sys::complain(error.what(), handover().unwrap_or(0));
             Err(EINVAL)
         }
     }
@@ -233,7 +245,11 @@ fn init_out() -> Result {
 fn init_fdt(root: NodeAddr) -> Result {
     let page = kho_pages::alloc_preserve(bindings::PAGE_SIZE)?;
     // SAFETY: The page is ours.
-    unsafe { RootFdt::create(page, root) }.map_err(|_| EINVAL)?;
+    if unsafe { RootFdt::create(page, root) }.is_err() {
+        // SAFETY: As above.
+        unsafe { super::unpreserve_free(page) };
+        return Err(EINVAL);
+    }
     OUT_FDT.store(kho_sys::phys(page), Ordering::Release);
 
     // SAFETY: Called once, while booting.
@@ -245,25 +261,14 @@ fn init_fdt(root: NodeAddr) -> Result {
     }
     show_fdt(&lock_fdt()?);
 
-    let in_fdt = in_fdt();
     let count = kho_kexec::read_metadata();
     // Only a number and a name get lost.
     if let Err(error) = kho_kexec::write_metadata(count.wrapping_add(1)) {
         pr_warn!("failed to initialize kexec-metadata subtree: {error:?}\n");
     }
-    if let Some(fdt) = in_fdt.filter(|_| error == 0) {
-        // debugfs takes every address as it is.
-        if fdt
-            .blobs()
-            .all(|blob| blob.is_ok_and(kho_memblock::is_blob_ram))
-        {
-            if let Some(phys) = handover() {
-                // SAFETY: It is an FDT, all of whose subtrees name memory.
-                unsafe { bindings::kho_glue_debugfs_in(kho_sys::virt(phys)) };
-            }
-        } else {
-            pr_warn!("handed-over FDT: not shown in debugfs, as a subtree names no memory\n");
-        }
+    if let Some(phys) = handover().filter(|_| error == 0) {
+        // SAFETY: It is an FDT, all of whose subtrees name memory.
+        unsafe { bindings::kho_glue_debugfs_in(kho_sys::virt(phys)) };
     }
     Ok(())
 }

@@ -2,9 +2,9 @@
 
 //! The thin ring: memory, struct pages, locks and libfdt behind safe functions.
 //!
-//! Together with [`kho_memblock`](super::kho_memblock), which does the same for early boot, and the
-//! entry points in the crate's root, this is where unsafe code is. What is above decides; what is
-//! here does as it is told.
+//! [`kho_memblock`](super::kho_memblock) does the same for early boot. What is above decides; what
+//! is here does as it is told. Where a room calls C itself, it is a call with no rule of its own to
+//! keep, and the room says why it may.
 
 use super::kho_fdt::{
     self,
@@ -40,14 +40,20 @@ use kernel::{
 /// The direct map is linear: what is added to a physical address to get its virtual one.
 static DIRECT_MAP: AtomicUsize = AtomicUsize::new(0);
 
+/// Tells the log what is wrong with something that a caller or another kernel said, and the number
+/// it is about. That is not a bug of this kernel, which goes on.
+#[cold]
+#[inline(never)]
+pub(crate) fn complain(what: &str, number: u64) {
+    pr_warn!("{what} ({number:#x})\n");
+}
+
 /// Learns where the direct map is. To be called once, before anything else here.
 #[link_section = ".init.text"]
 pub(crate) fn init_direct_map() {
     // SAFETY: Memory is known to memblock and mapped by the time KHO is called at all.
-    DIRECT_MAP.store(
-        unsafe { bindings::kho_glue_direct_map() },
-        Ordering::Relaxed,
-    );
+    let offset = unsafe { bindings::kho_glue_direct_map() };
+    DIRECT_MAP.store(offset, Ordering::Relaxed);
 }
 
 /// Returns the address at which memory at `phys` is mapped.
@@ -96,7 +102,8 @@ impl NodeMem for Direct {
     fn enter(&self) -> rcu::Guard {
         loop {
             let guard = rcu::read_lock();
-            if !PRUNING.load(Ordering::Relaxed) {
+            // Who sees the end of a prune also sees what it took out of the tree.
+            if !PRUNING.load(Ordering::Acquire) {
                 return guard;
             }
             drop(guard);
@@ -163,7 +170,7 @@ pub(crate) fn prune(tree: &Tree<Direct>) {
     // SAFETY: As above.
     unsafe { bindings::synchronize_rcu() };
     tree.prune(true);
-    PRUNING.store(false, Ordering::Relaxed);
+    PRUNING.store(false, Ordering::Release);
     // SAFETY: Locked above.
     unsafe { bindings::kho_glue_unlock_prune() };
 }
@@ -201,12 +208,14 @@ pub(crate) unsafe fn page_frames(page: *mut bindings::page, count: usize) -> Opt
 /// Returns whether two frames are on the same NUMA node.
 #[inline(always)]
 pub(crate) fn one_node(first: u64, last: u64) -> bool {
+    if cfg!(not(CONFIG_NUMA)) {
+        return true;
+    }
     // SAFETY: The frames have struct pages: they are those of memory that somebody preserves.
-    cfg!(not(CONFIG_NUMA))
-        || unsafe {
-            bindings::kho_glue_pfn_to_nid(first as usize)
-                == bindings::kho_glue_pfn_to_nid(last as usize)
-        }
+    unsafe {
+        bindings::kho_glue_pfn_to_nid(first as usize)
+            == bindings::kho_glue_pfn_to_nid(last as usize)
+    }
 }
 
 /// What `page->private` says of the first page of a block that was taken over.
@@ -458,7 +467,8 @@ impl Fdt {
     }
 }
 
-/// The root FDT that this kernel hands over: one page, always complete.
+/// The root FDT that this kernel hands over: one page, complete at every moment but those of a
+/// change.
 ///
 /// # Invariants
 ///

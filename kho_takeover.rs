@@ -36,9 +36,9 @@ use super::kho_radix::{
 use super::kho_range::Frames;
 use super::PAGE_SHIFT;
 
-/// Orders that a block in RAM can have: physical addresses have at most 52 bits on every
-/// architecture with KHO.
-const ORDERS: usize = 41;
+/// Orders that a key can have. RAM has no blocks of the largest, but their keys must be seen to be
+/// refused.
+const ORDERS: usize = Order::MAX.get() as usize + 1;
 
 /// Why a handover is refused.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -228,11 +228,11 @@ impl<S: NodeMem> Visitor for Busy<'_, S> {
     fn leaf(&mut self, first: u64, leaf: &Node) -> bool {
         // Blocks of a small order all lie in the same grain: one bit stands for all of them.
         let order = Key::new(first).and_then(Key::block).map(Block::order);
-        let fine = order.is_some_and(|order| {
-            order.get().wrapping_add(LEAF_BITS) <= self.grain.get()
-        });
+        let fine =
+            order.is_some_and(|order| order.get().wrapping_add(LEAF_BITS) <= self.grain.get());
         for (bit, count) in leaf.runs() {
-            let frames = Key::new(first | bit).and_then(|first| Frames::of_run(Run { first, count }));
+            let frames =
+                Key::new(first | bit).and_then(|first| Frames::of_run(Run { first, count }));
             if !self.mark(frames, first) {
                 return false;
             }

@@ -123,12 +123,7 @@ enum Do {
 ///
 /// All that the list names must be chunks and memory, to which that may be done; with
 /// [`Do::Check`] there need only be RAM in what is preserved. An array must have `limit` entries.
-unsafe fn each(
-    what: Do,
-    first: u64,
-    order: Order,
-    limit: u64,
-) -> (u64, Option<u64>) {
+unsafe fn each(what: Do, first: u64, order: Order, limit: u64) -> (u64, Option<u64>) {
     let mut parts = 0u64;
     let mut pages = 0u64;
     let mut next = first;
@@ -300,14 +295,14 @@ pub(crate) unsafe fn unpreserve(preservation: &bindings::kho_vmalloc) {
 ///
 /// All that can fail is done before any memory is claimed.
 pub(crate) fn restore(preservation: &bindings::kho_vmalloc) -> Option<*mut c_void> {
-    let order = Order::new(preservation.order.into())
-        .filter(|order| order.get() <= bindings::KHO_MAX_PAGE_ORDER)?;
+    // An order that no area has gives blocks that are not preserved, or too many pages.
+    let order = Order::new(preservation.order.into()).unwrap_or(Order::MAX);
     let total = u64::from(preservation.total_pages);
     // SAFETY: The address is the only thing that is ever in there.
     let first = unsafe { preservation.first.phys };
     // SAFETY: What is preserved is RAM, and nobody has restored it; what is in it is not relied on.
     if total == 0 || unsafe { each(Do::Check, first, order, total) }.1 != Some(total) {
-        pr_warn!("a vmalloc area cannot be restored: it is not preserved whole\n");
+        kho_sys::complain("a vmalloc area is not preserved whole", first);
         return None;
     }
     // Flags that are not known say nothing about the memory.
@@ -341,7 +336,12 @@ pub(crate) fn restore(preservation: &bindings::kho_vmalloc) -> Option<*mut c_voi
             return None;
         }
         each(Do::Take, first, order, total);
-        Some(bindings::kho_glue_vmap_done(area, array.as_ptr(), pages, is_alloc))
+        Some(bindings::kho_glue_vmap_done(
+            area,
+            array.as_ptr(),
+            pages,
+            is_alloc,
+        ))
     }
 }
 
