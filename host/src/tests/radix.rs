@@ -1,0 +1,497 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The tree against a model, against the handover format, and when memory runs out.
+
+use super::super::kho_key::{
+    Key,
+    Order, //
+};
+use super::super::kho_radix::{
+    NoMemory,
+    Node,
+    NodeAddr,
+    NodeMem,
+    Removal,
+    Tree,
+    Visitor, //
+};
+use super::super::PAGE_SHIFT;
+use super::{
+    abi,
+    block,
+    key,
+    order,
+    prune,
+    Mem,
+    Rng, //
+};
+use std::{
+    collections::BTreeSet,
+    sync::atomic::Ordering::SeqCst, //
+};
+
+const LEAF: u64 = 1 << abi::BITMAP_LOG2;
+
+const ALL: (u64, u64) = (0, (1 << abi::KEY_WIDTH) - 1);
+
+/// Returns the keys that `runs_between()` finds, and checks that the runs ascend and have gaps.
+fn keys_between(tree: &Tree<&Mem>, (first, last): (u64, u64)) -> Vec<u64> {
+    let mut keys = Vec::new();
+    for run in tree.runs_between((key(first), key(last))) {
+        assert!(run.count > 0);
+        let start = run.first.get();
+        let gap = keys.last().is_none_or(|before| before + 1 < start);
+        assert!(gap, "run at {start:#x} is no run of its own");
+        keys.extend(start..start + run.count);
+    }
+    keys
+}
+
+/// Places around which the tree has borders: of words, leaves, and tables of each level.
+fn borders() -> Vec<u64> {
+    let tables = (0..abi::DEPTH).map(abi::node_shift);
+    let shifts = [6].into_iter().chain(tables);
+    let limit = ALL.1;
+    shifts
+        .flat_map(|shift| [1u64, 3].map(|at| at.checked_shl(shift).unwrap_or(0)))
+        .chain(Order::all().map(|order| Key::bounds(order).0.get()))
+        .chain([limit, limit / 3, 1 << (abi::KEY_WIDTH - 1)])
+        .filter(|at| *at <= limit)
+        .collect()
+}
+
+/// Sets of keys that have something in common.
+fn distributions() -> Vec<Vec<u64>> {
+    let mut rng = Rng::new(5);
+    let base = abi::encode(5 << 34, 0);
+    let limit = ALL.1 + 1;
+    let near = |at: u64| (0..6).map(move |i| at.wrapping_add(i).wrapping_sub(3));
+    let mixed = |_| {
+        let of = rng.below(30) as u32;
+        abi::encode(rng.below(1 << 30 >> of) << (PAGE_SHIFT + of), of)
+    };
+    // First, second and last entries everywhere, so that the way on leads up any number of levels.
+    let mut digit = Rng::new(7);
+    let corner = |_| {
+        let digits = (0..abi::DEPTH).map(|level| match level {
+            0 => (0, LEAF),
+            _ => (abi::shift(level), 1 << abi::TABLE_LOG2),
+        });
+        let place = |(shift, size): (u32, u64)| {
+            [0, 1, size - 2, size - 1][digit.below(4) as usize] << shift
+        };
+        digits.map(place).fold(0, |key, digit| key | digit) & ALL.1
+    };
+    vec![
+        (0..150).map(corner).collect(),
+        (base..base + 300).collect(),
+        (0..300).map(mixed).collect(),
+        (0..60).map(|_| rng.below(limit)).collect(),
+        (1..6).flat_map(|i| near(base + i * LEAF)).collect(),
+        (1..6).flat_map(|i| near(base + i * 64)).collect(),
+        borders()
+            .into_iter()
+            .flat_map(near)
+            .filter(|key| *key < limit)
+            .collect(),
+    ]
+}
+
+/// Compares all that a tree tells with the keys that it should have.
+fn compare(tree: &Tree<&Mem>, mem: &Mem, model: &BTreeSet<u64>, some: &[u64]) {
+    let keys: Vec<u64> = model.iter().copied().collect();
+    assert_eq!(keys_between(tree, ALL), keys);
+    let (nodes, walked) = abi::walk(mem, tree.root().get());
+    assert_eq!(walked, keys);
+    assert_eq!(nodes.len(), mem.live(), "nodes were lost");
+    for of in Order::all() {
+        let (first, last) = Key::bounds(of);
+        let found: Vec<u64> = tree
+            .runs(of)
+            .flat_map(|run| run.first.get()..run.first.get() + run.count)
+            .collect();
+        let range = first.get()..=last.get();
+        assert!(found.iter().eq(model.range(range)), "{of:?}");
+    }
+    for pair in some.windows(2).step_by(7) {
+        let (first, last) = (pair[0].min(pair[1]), pair[0].max(pair[1]));
+        let found = keys_between(tree, (first, last));
+        assert!(
+            found.iter().eq(model.range(first..=last)),
+            "{first:#x}..={last:#x}"
+        );
+    }
+}
+
+#[test]
+fn model() {
+    for (seed, universe) in (0u64..).zip(distributions()) {
+        let mem = Mem::new();
+        let tree = Tree::new(&mem).unwrap();
+        let mut model = BTreeSet::new();
+        let mut rng = Rng::new(seed);
+        for turn in 0..3000u64 {
+            let number = universe[rng.below(universe.len() as u64) as usize];
+            let leaf = number / LEAF * LEAF;
+            // Grow and shrink in turns.
+            let grows = rng.below(8) < if turn / 500 % 2 == 0 { 6 } else { 2 };
+            assert_eq!(tree.contains(key(number)), model.contains(&number));
+            if grows {
+                let added = tree.add(key(number)).unwrap();
+                assert_eq!(added, model.insert(number), "{number:#x}");
+            } else {
+                let expected = if !model.remove(&number) {
+                    Removal::Absent
+                } else if model.range(leaf..leaf + LEAF).next().is_none() {
+                    Removal::Emptied
+                } else {
+                    Removal::Removed
+                };
+                assert_eq!(tree.remove(key(number)), expected, "{number:#x}");
+            }
+            if turn % 250 == 0 {
+                compare(&tree, &mem, &model, &universe);
+            }
+            if turn % 700 == 0 {
+                let before = mem.live();
+                let freed = prune(&tree, &mem);
+                compare(&tree, &mem, &model, &universe);
+                let least = abi::least_nodes(model.iter().copied());
+                assert_eq!(mem.live(), least, "{model:x?}");
+                assert_eq!(freed, before - least);
+                assert_eq!(prune(&tree, &mem), 0);
+            }
+        }
+        for number in std::mem::take(&mut model) {
+            assert_ne!(tree.remove(key(number)), Removal::Absent);
+        }
+        prune(&tree, &mem);
+        assert_eq!(mem.live(), 1, "only the root is left");
+        assert!(tree.add(key(universe[0])).unwrap());
+        tree.destroy();
+        assert_eq!(mem.live(), 0);
+    }
+}
+
+/// Tries all patterns of the `bits` keys from `base` on.
+fn patterns(base: u64, bits: u32) {
+    let mem = Mem::new();
+    let tree = Tree::new(&mem).unwrap();
+    let mut have = 0u64;
+    for count in 0..1u64 << bits {
+        // Of neighbours in Gray code one bit differs.
+        let want = count ^ count >> 1;
+        for bit in (0..bits).filter(|bit| (have ^ want) >> bit & 1 == 1) {
+            let key = key(base + u64::from(bit));
+            if want >> bit & 1 == 1 {
+                assert!(tree.add(key).unwrap());
+            } else {
+                assert_ne!(tree.remove(key), Removal::Absent);
+            }
+        }
+        have = want;
+        let expected: Vec<u64> = (0..u64::from(bits))
+            .filter(|bit| want >> bit & 1 == 1)
+            .map(|bit| base + bit)
+            .collect();
+        let range = (base, base + u64::from(bits) - 1);
+        assert_eq!(keys_between(&tree, range), expected, "{want:#b}");
+    }
+}
+
+#[test]
+fn patterns_in_a_word() {
+    let base = abi::encode(0, 0);
+    patterns(base, 8);
+    patterns(base + 56, 8);
+}
+
+#[test]
+fn patterns_across_words() {
+    patterns(abi::encode(0, 0) + 58, 12);
+}
+
+#[test]
+fn patterns_across_leaves_and_tables() {
+    for at in borders() {
+        if at >= LEAF && at + 4 <= ALL.1 {
+            patterns(at - 4, 8);
+        }
+    }
+}
+
+/// One run of every length and place in three words, and two with a gap between them.
+#[test]
+fn long_runs() {
+    let mem = Mem::new();
+    let tree = Tree::new(&mem).unwrap();
+    let base = abi::encode(0, 0);
+    tree.add(key(base)).unwrap();
+    tree.remove(key(base));
+    let leaf = abi::walk(&mem, tree.root().get()).0.last().unwrap().0;
+    let edges = [
+        0, 1, 2, 31, 62, 63, 64, 65, 100, 126, 127, 128, 129, 190, 191, 192,
+    ];
+    let ends = || {
+        edges
+            .iter()
+            .flat_map(|a| edges.iter().map(move |b| (*a, *b)))
+    };
+    for ((a, b), (c, d)) in ends().flat_map(|x| ends().map(move |y| (x, y))) {
+        if a >= b || b > c || c >= d {
+            continue;
+        }
+        let set = |bit: &u64| (a..b).contains(bit) || (c..d).contains(bit);
+        for (word, start) in mem.words(leaf).iter().zip([0, 64, 128]) {
+            let bits = (0..64).filter(|bit| set(&(start + bit)));
+            word.store(bits.fold(0, |word, bit| word | 1 << bit), SeqCst);
+        }
+        let runs: Vec<_> = tree
+            .runs(order(0))
+            .map(|run| (run.first.get() - base, run.first.get() - base + run.count))
+            .collect();
+        if b == c {
+            assert_eq!(runs, [(a, d)]);
+        } else {
+            assert_eq!(runs, [(a, b), (c, d)]);
+        }
+    }
+}
+
+#[test]
+fn a_run_over_whole_leaves() {
+    let mem = Mem::new();
+    let tree = Tree::new(&mem).unwrap();
+    let first = abi::encode(0, 1) + 2 * LEAF;
+    for leaf in 0..3 {
+        abi::add(&mem, tree.root().get(), first + leaf * LEAF);
+    }
+    for (phys, level, _) in abi::walk(&mem, tree.root().get()).0 {
+        if level == 0 {
+            mem.words(phys)
+                .iter()
+                .for_each(|word| word.store(u64::MAX, SeqCst));
+        }
+    }
+    assert_ne!(tree.remove(key(first)), Removal::Absent);
+    assert!(tree.add(key(first + 3 * LEAF)).unwrap());
+    let runs: Vec<_> = tree.runs(order(1)).collect();
+    assert_eq!(runs.len(), 1);
+    assert_eq!((runs[0].first.get(), runs[0].count), (first + 1, 3 * LEAF));
+}
+
+/// Blocks of several orders can share the leaf of the smallest keys, and key 0 is there, too.
+#[test]
+fn runs_are_of_one_order() {
+    let mem = Mem::new();
+    let tree = Tree::new(&mem).unwrap();
+    for number in 0..64 {
+        tree.add(key(number)).unwrap();
+    }
+    for of in Order::all() {
+        let (first, last) = Key::bounds(of);
+        let runs: Vec<_> = tree.runs(of).collect();
+        if last.get() < 64 {
+            assert_eq!(runs.len(), 1, "{of:?}");
+            let count = last.get() - first.get() + 1;
+            assert_eq!((runs[0].first, runs[0].count), (first, count), "{of:?}");
+        } else {
+            assert_eq!(runs, [], "{of:?}");
+        }
+    }
+}
+
+/// What a visitor saw: a node's address and keys, or the first key of a leaf.
+#[derive(Debug, PartialEq)]
+enum Seen {
+    Node(u64, u64, u64),
+    Leaf(u64),
+}
+
+struct Log {
+    seen: Vec<Seen>,
+    stop_after: usize,
+}
+
+impl Log {
+    fn push(&mut self, seen: Seen) -> bool {
+        self.seen.push(seen);
+        self.seen.len() != self.stop_after
+    }
+}
+
+impl Visitor for Log {
+    fn node(&mut self, addr: NodeAddr, first: u64, last: u64) -> bool {
+        self.push(Seen::Node(addr.get(), first, last))
+    }
+
+    fn leaf(&mut self, first: u64, _leaf: &Node) -> bool {
+        self.push(Seen::Leaf(first))
+    }
+}
+
+#[test]
+fn visit_order() {
+    for universe in distributions() {
+        let mem = Mem::new();
+        let tree = Tree::new(&mem).unwrap();
+        for number in universe {
+            tree.add(key(number)).unwrap();
+        }
+        let mut expected = Vec::new();
+        for (phys, level, first) in abi::walk(&mem, tree.root().get()).0 {
+            let last = first + ((1 << abi::node_shift(level)) - 1);
+            expected.push(Seen::Node(phys, first, last));
+            if level == 0 {
+                expected.push(Seen::Leaf(first));
+            }
+        }
+        let visit = |stop_after| {
+            let seen = Vec::new();
+            let mut log = Log { seen, stop_after };
+            (tree.visit(&mut log), log.seen)
+        };
+        let (result, seen) = visit(usize::MAX);
+        assert!(result);
+        assert_eq!(seen, expected);
+        for stop in 1..expected.len().min(20) {
+            let (result, seen) = visit(stop);
+            assert!(!result);
+            assert_eq!(seen, expected[..stop]);
+        }
+    }
+}
+
+/// A tree that is written by one implementation is the other's, word by word.
+#[test]
+fn layout() {
+    for universe in distributions() {
+        let (ours, theirs) = (Mem::new(), Mem::at(1 << 44, 4096));
+        let tree = Tree::new(&ours).unwrap();
+        let root = theirs.take().unwrap();
+        for number in &universe {
+            tree.add(key(*number)).unwrap();
+            abi::add(&theirs, root, *number);
+            assert!(ours.live() <= theirs.live());
+        }
+        let (left, _) = abi::walk(&ours, tree.root().get());
+        let (right, keys) = abi::walk(&theirs, root);
+        assert_eq!(left.len(), right.len());
+        for ((a, level, first), (b, other, start)) in left.into_iter().zip(right) {
+            assert_eq!((level, first), (other, start));
+            for (x, y) in ours.words(a).iter().zip(theirs.words(b)) {
+                let (x, y) = (x.load(SeqCst), y.load(SeqCst));
+                if level == 0 {
+                    assert_eq!(x, y);
+                } else {
+                    assert_eq!(x == 0, y == 0);
+                }
+            }
+        }
+        let theirs = Tree::from_root(&theirs, NodeAddr::new(root).unwrap());
+        assert_eq!(keys_between(&theirs, ALL), keys);
+        assert!(keys.iter().all(|number| theirs.contains(key(*number))));
+    }
+}
+
+/// All words of all nodes, so that any change shows.
+fn dump(mem: &Mem, root: u64) -> Vec<(u64, Vec<u64>)> {
+    let (nodes, _) = abi::walk(mem, root);
+    let words = |phys| {
+        mem.words(phys)
+            .iter()
+            .map(|word| word.load(SeqCst))
+            .collect()
+    };
+    nodes
+        .into_iter()
+        .map(|(phys, ..)| (phys, words(phys)))
+        .collect()
+}
+
+/// An insertion that runs out of memory leaves no trace, whatever was there before it.
+#[test]
+fn all_or_nothing() {
+    let target = abi::encode(0x1234_5678 << PAGE_SHIFT, 0);
+    for level in 0..abi::DEPTH {
+        // Shares with the target all nodes above `level`.
+        let sibling = abi::sibling(target, level);
+        for budget in 0..i64::from(abi::DEPTH) {
+            let mem = Mem::new();
+            let tree = Tree::new(&mem).unwrap();
+            tree.add(key(sibling)).unwrap();
+            let root = tree.root().get();
+            let (before, live) = (dump(&mem, root), mem.live());
+            mem.budget.store(budget, SeqCst);
+            let result = tree.add(key(target));
+            if budget < i64::from(level) {
+                assert_eq!(result, Err(NoMemory), "level {level}, budget {budget}");
+                assert_eq!(mem.live(), live, "leaked");
+                assert!(dump(&mem, root) == before);
+                assert!(!tree.contains(key(target)));
+                mem.budget.store(i64::MAX, SeqCst);
+                assert_eq!(tree.add(key(target)), Ok(true));
+            } else {
+                assert_eq!(result, Ok(true));
+                assert_eq!(mem.budget.load(SeqCst), budget - i64::from(level));
+            }
+            let mut both = [sibling, target];
+            both.sort_unstable();
+            assert_eq!(abi::walk(&mem, root).1, both);
+            assert_eq!(mem.live(), live + level as usize);
+            // What is there needs no memory.
+            mem.budget.store(0, SeqCst);
+            assert_eq!(tree.add(key(target)), Ok(false));
+            assert_eq!(tree.add(key(target ^ 1)), Ok(true));
+            tree.destroy();
+            assert_eq!(mem.live(), 0);
+        }
+    }
+    let mem = Mem::new();
+    mem.budget.store(0, SeqCst);
+    assert!(Tree::new(&mem).is_err());
+    assert!(NodeAddr::new(0).is_none());
+}
+
+#[test]
+fn never_allocates_inside() {
+    let mem = Mem::new();
+    mem.strict.store(true, SeqCst);
+    let tree = Tree::new(&mem).unwrap();
+    for number in [1, LEAF, 5 * LEAF, ALL.1, 1] {
+        tree.add(key(number)).unwrap();
+    }
+    assert_eq!(tree.remove(key(1)), Removal::Emptied);
+    assert_eq!(mem.inside.load(SeqCst), 0);
+}
+
+/// A removal is not mistaken for one that leaves a leaf empty, wherever the other key is.
+#[test]
+fn emptied() {
+    let base = Key::of(block(0, 0)).get();
+    for (a, b) in [
+        (0, 1),
+        (0, LEAF - 1),
+        (LEAF - 1, 0),
+        (64, 63),
+        (LEAF / 2, LEAF / 2 - 64),
+    ] {
+        let mem = Mem::new();
+        let tree = Tree::new(&mem).unwrap();
+        tree.add(key(base + a)).unwrap();
+        tree.add(key(base + b)).unwrap();
+        tree.add(key(base + LEAF)).unwrap();
+        assert_eq!(tree.remove(key(base + a)), Removal::Removed);
+        assert_eq!(tree.remove(key(base + a)), Removal::Absent);
+        assert_eq!(prune(&tree, &mem), 0);
+        assert_eq!(tree.remove(key(base + b)), Removal::Emptied);
+        assert_eq!(tree.remove(key(base + b)), Removal::Absent);
+        assert_eq!(prune(&tree, &mem), 1);
+        assert_eq!(tree.remove(key(base + LEAF)), Removal::Emptied);
+        assert_eq!(prune(&tree, &mem), abi::DEPTH as usize - 1);
+        assert_eq!(
+            (mem.live(), (&mem).node(tree.root()).runs().next()),
+            (1, None)
+        );
+    }
+}

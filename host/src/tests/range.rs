@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Ranges of frames, and the blocks that they are cut into.
+
+use super::super::kho_key::{
+    Key,
+    Order,
+    Pfn, //
+};
+use super::super::kho_radix::Run;
+use super::super::kho_range::Frames;
+use super::super::PAGE_SHIFT;
+use super::{
+    abi,
+    block,
+    key,
+    Rng, //
+};
+
+fn frames(start: u64, end: u64) -> Frames {
+    Frames::new(Pfn::new(start).unwrap(), end - start).unwrap()
+}
+
+fn ends(frames: Frames) -> (u64, u64) {
+    (frames.start(), frames.end())
+}
+
+/// Cuts `start..end`, checks every block, and returns how many there are. Nodes change at each
+/// of `borders`.
+fn cut(start: u64, end: u64, borders: &[u64]) -> usize {
+    let node = |pfn: u64| borders.iter().filter(|border| **border <= pfn).count();
+    let blocks = frames(start, end).blocks(|first, last| node(first) == node(last));
+    let mut at = start;
+    let mut count = 0;
+    for block in blocks {
+        let pages = block.order().pages();
+        assert_eq!(block.pfn().get(), at);
+        assert_eq!(at % pages, 0);
+        assert_eq!(node(at), node(at + pages - 1));
+        // None larger would do.
+        let larger = pages * 2;
+        assert!(
+            block.order() == Order::MAX
+                || at % larger != 0
+                || larger > end - at
+                || node(at) != node(at + larger - 1),
+            "{at:#x}+{pages:#x} of {start:#x}..{end:#x}"
+        );
+        at += pages;
+        count += 1;
+    }
+    assert_eq!(at, end);
+    count
+}
+
+#[test]
+fn blocks() {
+    for base in [0, 64, 0x1_0000, abi::PFN_END - 64] {
+        for (start, end) in (0..=64).flat_map(|i| (i..=64).map(move |j| (base + i, base + j))) {
+            if start == abi::PFN_END {
+                continue;
+            }
+            cut(start, end, &[]);
+            cut(start, end, &[base + 16]);
+            cut(start, end, &[base + 7, base + 8, base + 33]);
+        }
+    }
+    assert_eq!(cut(0, abi::PFN_END, &[]), 1);
+    assert_eq!(cut(0, abi::PFN_END - 1, &[]), 64 - PAGE_SHIFT as usize);
+    assert_eq!(cut(1, abi::PFN_END, &[]), 64 - PAGE_SHIFT as usize);
+    assert_eq!(cut(0, 1 << 30, &[1 << 29]), 2);
+    let mut rng = Rng::new(3);
+    for _ in 0..1000 {
+        let limit = 1 << rng.below(40);
+        let start = rng.below(limit);
+        let border = rng.below(limit * 2);
+        cut(start, start + rng.below(limit), &[border]);
+    }
+}
+
+#[test]
+fn new() {
+    let last = abi::PFN_END - 1;
+    for (start, count, good) in [
+        (0, 0, true),
+        (0, abi::PFN_END, true),
+        (0, abi::PFN_END + 1, false),
+        (last, 0, true),
+        (last, 1, true),
+        (last, 2, false),
+        (1, abi::PFN_END, false),
+        (1, u64::MAX, false),
+        (last, u64::MAX, false),
+        (last, u64::MAX - last + 1, false),
+    ] {
+        let made = Frames::new(Pfn::new(start).unwrap(), count);
+        let expected = good.then(|| (start, start + count));
+        assert_eq!(made.map(ends), expected, "{start:#x} {count:#x}");
+        if let Some(made) = made {
+            assert_eq!(made.count(), count);
+            assert_eq!(made.phys(), start << PAGE_SHIFT);
+            assert_eq!(made.bytes(), count.wrapping_mul(1 << PAGE_SHIFT));
+        }
+    }
+}
+
+#[test]
+fn covering_and_exact() {
+    let page = 1u128 << PAGE_SHIFT;
+    let near = |at: u64| (0..5).map(move |i| at.wrapping_add(i).wrapping_sub(2));
+    let edges = [
+        0,
+        1 << PAGE_SHIFT,
+        2 << PAGE_SHIFT,
+        1 << 40,
+        1 << 63,
+        u64::MAX << PAGE_SHIFT,
+    ];
+    let values: Vec<u64> = edges.into_iter().flat_map(near).collect();
+    for (phys, size) in values
+        .iter()
+        .flat_map(|p| values.iter().map(move |s| (*p, *s)))
+    {
+        let end = u128::from(phys) + u128::from(size);
+        let start = u128::from(phys) / page;
+        let covered = (end <= 1 << 64).then(|| {
+            let past = if size == 0 { start } else { end.div_ceil(page) };
+            (start as u64, past as u64)
+        });
+        let what = format!("{phys:#x} {size:#x}");
+        assert_eq!(Frames::covering(phys, size).map(ends), covered, "{what}");
+        let whole = size != 0 && phys % page as u64 == 0 && size % page as u64 == 0;
+        let exact = covered.filter(|_| whole);
+        assert_eq!(Frames::exact(phys, size).map(ends), exact, "{what}");
+    }
+}
+
+#[test]
+fn runs_and_blocks() {
+    let mut rng = Rng::new(4);
+    for of in 0..=64 - PAGE_SHIFT {
+        let pages = 1 << of;
+        let blocks = abi::PFN_END >> of;
+        for index in [0, rng.below(blocks), blocks - 1] {
+            let block = block(index * pages, of);
+            let start = index * pages;
+            assert_eq!(ends(Frames::of_block(block)), (start, start + pages));
+            let first = Key::of(block);
+            let left = blocks - index;
+            for count in [
+                1,
+                left / 2,
+                left,
+                left + 1,
+                1 << 52,
+                u64::MAX,
+                u64::MAX >> of,
+            ] {
+                let run = Frames::of_run(Run { first, count });
+                let end = u128::from(start) + (u128::from(count) << of);
+                let good = count <= left;
+                assert_eq!(run.map(ends), good.then_some((start, end as u64)));
+            }
+        }
+    }
+    let none = Run {
+        first: key(0),
+        count: 1,
+    };
+    assert_eq!(Frames::of_run(none), None);
+}
+
+#[test]
+fn joining_and_overlapping() {
+    for base in [0, abi::PFN_END - 6] {
+        let all: Vec<_> = (0..6)
+            .flat_map(|i| (i..=6).map(move |j| (base + i, base + j)))
+            .collect();
+        for (a, b) in all.iter().flat_map(|a| all.iter().map(move |b| (*a, *b))) {
+            let (x, y) = (frames(a.0, a.1), frames(b.0, b.1));
+            let shared = (base..base + 6).any(|f| a.0 <= f && f < a.1 && b.0 <= f && f < b.1);
+            assert_eq!(x.overlaps(y), shared, "{a:?} {b:?}");
+            let touch = a.0 <= b.1 && b.0 <= a.1;
+            let hull = (a.0.min(b.0), a.1.max(b.1));
+            assert_eq!(x.join(y).map(ends), touch.then_some(hull), "{a:?} {b:?}");
+        }
+    }
+}
