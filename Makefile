@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: GPL-2.0
+# The commands of this repository; the kernel's build uses Kbuild instead.
+
+KDIR ?=
+LLVM ?=
+ARCH ?= x86_64
+CACHE ?=
+MEM ?= 2G
+FILES ?=
+export KDIR LLVM ARCH MEM FILES
+ifneq ($(CACHE),)
+export CACHE
+endif
+
+.PHONY: help prepare kernel run test install uninstall clean
+
+help:
+	@echo 'make run        build a kernel and hand real data over to it by kexec'
+	@echo '                  FILES="a b"  the files to carry (default: the kernel, README.md)'
+	@echo '                  MEM=2G       memory of the guest'
+	@echo 'make test       everything: host tests, KUnit, kexec tests, checks'
+	@echo 'make kernel     build the kernel only'
+	@echo 'make install    put the implementation into the tree KDIR'
+	@echo 'make uninstall  take it out of KDIR again'
+	@echo 'make clean      remove the cache: build root, source and builds'
+	@echo
+	@echo 'KDIR=<tree>     your own Linux 7.3 tree (default: fetched into the cache)'
+	@echo 'LLVM=1          build with clang and lld instead of gcc'
+	@echo 'ARCH=arm64      build for arm64 instead of x86_64 (kernel only)'
+	@echo 'CACHE=<dir>     where everything is built (default: ~/.cache/kho)'
+
+# What everything else needs: a toolchain and the kernel source, from which the
+# guests' programs are built in any case.
+prepare:
+	@scripts/root
+	@scripts/source
+
+kernel: prepare
+	@scripts/kernel rust
+
+run: prepare
+	@test '$(ARCH)' = x86_64 || { echo 'kho: guests are x86_64 only' >&2; exit 1; }
+	@scripts/kernel rust
+	@KERNEL=$$(scripts/kernel --print rust) scripts/run
+
+test: prepare
+	@scripts/test
+
+install:
+	@scripts/overlay install '$(KDIR)'
+
+uninstall:
+	@scripts/overlay uninstall '$(KDIR)'
+
+clean:
+	@scripts/clean
