@@ -212,9 +212,15 @@ mod radix {
             assert_eq!(crate::kho_radix_add_key(tree, 2), 0);
             assert_eq!(crate::kho_radix_add_key(tree, 1 << 53), ERANGE.to_errno());
             crate::kho_radix_del_key(tree, 3);
-            assert_eq!(crate::kho_radix_walk_tree(tree, &walk(Some(sum_leaf)), data), 0);
+            assert_eq!(
+                crate::kho_radix_walk_tree(tree, &walk(Some(sum_leaf)), data),
+                0
+            );
             assert_eq!(sum, 1 + 2 + 1000 + (1 << 40));
-            assert_eq!(crate::kho_radix_walk_tree(tree, &walk(Some(stop_leaf)), data), -7);
+            assert_eq!(
+                crate::kho_radix_walk_tree(tree, &walk(Some(stop_leaf)), data),
+                -7
+            );
             crate::kho_radix_destroy_tree(tree);
             assert!((*tree).root.is_null());
         }
@@ -266,10 +272,16 @@ mod pages {
         unsafe {
             // Pages 1 to 6 are cut into 1, 2-3, 4-5, 6; the third cut is taken.
             assert_eq!(crate::kho_preserve_pages(pages.ptr(4), 2), expect(Ok(())));
-            assert_eq!(crate::kho_preserve_pages(pages.ptr(1), 6), expect(Err(EEXIST)));
+            assert_eq!(
+                crate::kho_preserve_pages(pages.ptr(1), 6),
+                expect(Err(EEXIST))
+            );
             // What came before it is free again, and it is not.
             assert_eq!(crate::kho_preserve_pages(pages.ptr(1), 3), expect(Ok(())));
-            assert_eq!(crate::kho_preserve_pages(pages.ptr(4), 2), expect(Err(EEXIST)));
+            assert_eq!(
+                crate::kho_preserve_pages(pages.ptr(4), 2),
+                expect(Err(EEXIST))
+            );
             crate::kho_unpreserve_pages(pages.ptr(1), 3);
             crate::kho_unpreserve_pages(pages.ptr(4), 2);
         }
@@ -288,11 +300,17 @@ mod pages {
             assert_eq!(crate::kho_preserve_phys(phys, size - 1), einval);
             assert_eq!(crate::kho_preserve_phys(phys, size + 1), einval);
             assert_eq!(crate::kho_preserve_phys(phys, 0), einval);
-            assert_eq!(crate::kho_preserve_phys(0u64.wrapping_sub(size as u64), 2 * size), einval);
+            assert_eq!(
+                crate::kho_preserve_phys(0u64.wrapping_sub(size as u64), 2 * size),
+                einval
+            );
             // No RAM is there.
             assert_eq!(crate::kho_preserve_phys(1 << 51, size), einval);
             assert_eq!(crate::kho_preserve_phys(phys, 2 * size), expect(Ok(())));
-            assert_eq!(crate::kho_preserve_phys(phys, 2 * size), expect(Err(EEXIST)));
+            assert_eq!(
+                crate::kho_preserve_phys(phys, 2 * size),
+                expect(Err(EEXIST))
+            );
             crate::kho_unpreserve_pages(pages.ptr(0), 2);
         }
         Ok(())
@@ -303,7 +321,8 @@ mod pages {
         // SAFETY: Always safe to call.
         unsafe {
             let error = |size| {
-                kernel::error::from_err_ptr(crate::kho_alloc_preserve(size)).map_err(|e| e.to_errno())
+                kernel::error::from_err_ptr(crate::kho_alloc_preserve(size))
+                    .map_err(|e| e.to_errno())
             };
             assert!(error(0) == Err(EINVAL.to_errno()));
             assert!(error(bindings::PAGE_SIZE << 20) == Err(E2BIG.to_errno()));
@@ -416,7 +435,10 @@ mod vmalloc {
         unsafe {
             for (area, pages) in [
                 (bindings::vmalloc_noprof(4 * size), 4),
-                (bindings::vmalloc_huge_node_noprof(2 * huge, bindings::GFP_KERNEL, -1), 1024),
+                (
+                    bindings::vmalloc_huge_node_noprof(2 * huge, bindings::GFP_KERNEL, -1),
+                    1024,
+                ),
             ] {
                 if area.is_null() {
                     return Err(ENOMEM);
@@ -450,9 +472,8 @@ mod vmalloc {
         let pages = Pages::new(0)?;
         let mut preservation = bindings::kho_vmalloc::default();
         // SAFETY: Takes any address. The direct map is no area.
-        let result = unsafe {
-            crate::kho_preserve_vmalloc(kho_sys::virt(pages.phys), &mut preservation)
-        };
+        let result =
+            unsafe { crate::kho_preserve_vmalloc(kho_sys::virt(pages.phys), &mut preservation) };
         assert_eq!(result, EINVAL.to_errno());
         Ok(())
     }
@@ -550,8 +571,14 @@ mod subtree {
             for index in 0..added {
                 crate::kho_remove_subtree(blob.cast::<u8>().add(index).cast());
             }
-            assert_eq!(crate::kho_add_subtree(name(0).as_ptr(), blob, 1), expect(Ok(())));
-            assert_eq!(crate::kho_add_subtree(name(0).as_ptr(), blob, 1), expect(Err(EEXIST)));
+            assert_eq!(
+                crate::kho_add_subtree(name(0).as_ptr(), blob, 1),
+                expect(Ok(()))
+            );
+            assert_eq!(
+                crate::kho_add_subtree(name(0).as_ptr(), blob, 1),
+                expect(Err(EEXIST))
+            );
             crate::kho_remove_subtree(blob);
             // Once more, and never there: nothing happens.
             crate::kho_remove_subtree(blob);
