@@ -14,8 +14,9 @@
 //!  apply()    reserve the ranges, then mark the blocks
 //! ```
 //!
-//! The first two run before the memory map is built, as they tell where it may be allocated; the
-//! others right before free memory goes to the page allocator.
+//! All but the last run before the memory map is built: they tell where it may be allocated, and
+//! nobody has been told of the handover yet. The last runs right before free memory goes to the
+//! page allocator.
 
 use super::kho_key::{
     Block,

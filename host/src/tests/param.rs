@@ -59,6 +59,10 @@ fn values() {
         ("0x10000000000000000,0,0", None),
         ("16E,0,0", None),
         ("0,0,16E", None),
+        // These do not wrap around to zeroes, which would be refused for another reason.
+        ("16E,1,0", None),
+        ("17E,0,0", None),
+        ("18014398509481985K,0,0", None),
         ("0,0,0", None),
         ("0M,0,0G", None),
         ("banana", None),
