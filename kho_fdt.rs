@@ -59,6 +59,7 @@ pub(crate) enum FdtError {
 
 impl FdtError {
     /// Returns what to tell the user.
+    #[link_section = ".init.text"]
     pub(crate) const fn what(self) -> &'static str {
         match self {
             Self::Magic => "no FDT is there",
@@ -75,6 +76,7 @@ impl FdtError {
 }
 
 /// Checks the start of an FDT that was handed over as `len` bytes, and returns its total size.
+#[link_section = ".init.text"]
 pub(crate) fn total_size(header: &[u8; HEADER_LEN], len: u64) -> Result<u32, FdtError> {
     let [a, b, c, d, rest @ ..] = *header;
     if u32::from_be_bytes([a, b, c, d]) != MAGIC {
@@ -93,6 +95,7 @@ fn number(property: &[u8]) -> Option<u64> {
 }
 
 /// Reads `preserved-memory-map`: where the root of the tree is.
+#[link_section = ".init.text"]
 pub(crate) fn memory_map(property: Option<&[u8]>) -> Result<NodeAddr, FdtError> {
     property
         .and_then(number)

@@ -77,6 +77,11 @@ static mut SCRATCH: Scratch = Scratch::DEFAULT;
 /// Physical address of the root of the tree that was handed over and found sound; 0 if none.
 static IN_TREE: AtomicU64 = AtomicU64::new(0);
 
+/// How much memory there is with the FDT that was handed over.
+// Only `populate()` writes it and only `check_fdt()` reads it.
+#[link_section = ".init.data"]
+static mut FDT_LEN: u64 = 0;
+
 /// What was found in that tree, and the number of its nodes.
 // Only `survey()` writes it and only `take_over()` reads it.
 #[link_section = ".init.data"]
@@ -128,7 +133,7 @@ pub(crate) unsafe fn parse_scratch(arg: *const c_char) {
 #[link_section = ".init.text"]
 fn refuse((what, at): (&str, u64)) {
     pr_err!("handover refused: {what} ({at:#x})\n");
-    kho_state::set_handover(0, 0);
+    kho_state::set_handover(0);
     IN_TREE.store(0, Ordering::Relaxed);
     if INHERITED.load(Ordering::Relaxed) {
         // No memory needs to be spared any more.
@@ -225,33 +230,30 @@ pub(crate) fn populate(fdt_phys: u64, fdt_len: u64, scratch_phys: u64, scratch_l
     // The table is mapped for good later.
     IN_TREE.store(scratch_phys, Ordering::Relaxed);
     INHERITED.store(true, Ordering::Relaxed);
-    kho_state::set_handover(fdt_phys, fdt_len);
+    kho_state::set_handover(fdt_phys);
+    // SAFETY: Early boot; see the static.
+    unsafe { FDT_LEN = fdt_len };
     pr_info!("found kexec handover data.\n");
 }
 
-/// Checks the FDT again, on the memory where it is used from now on, and that its subtrees are in
-/// memory. Returns where the tree is.
+/// Checks the FDT at `phys` again, on the memory where it is used from now on, and that its
+/// subtrees are in memory. Returns where the tree is.
 #[link_section = ".init.text"]
-fn check_fdt() -> Result<NodeAddr, (&'static str, u64)> {
-    let (at, len) = kho_state::handover_range();
-    if !Frames::covering(at, len).is_some_and(is_memory) {
-        return Err((FdtError::Magic.what(), at));
+fn check_fdt(phys: u64) -> Result<NodeAddr, FdtError> {
+    // SAFETY: Early boot; see the static.
+    let len = unsafe { FDT_LEN };
+    if !Frames::covering(phys, len).is_some_and(is_memory) {
+        return Err(FdtError::Magic);
     }
-    let checked = || {
-        let fdt = kho_state::in_fdt().ok_or(FdtError::Magic)?;
-        let root = fdt.memory_map()?;
-        Ok((fdt, root))
-    };
-    let (fdt, root) = checked().map_err(|error: FdtError| (error.what(), at))?;
+    // SAFETY: It is memory.
+    let fdt = unsafe { Fdt::new(kho_sys::virt(phys), len) }?;
     for blob in fdt.blobs() {
-        let frames = blob
-            .ok()
-            .and_then(|blob| Frames::covering(blob.phys, blob.size));
-        if !frames.is_some_and(is_memory) {
-            return Err((FdtError::Blob.what(), at));
+        let blob = blob?;
+        if !Frames::covering(blob.phys, blob.size).is_some_and(is_memory) {
+            return Err(FdtError::Blob);
         }
     }
-    Ok(root)
+    fdt.memory_map()
 }
 
 /// Checks what was handed over, and lets memblock allocate from where it leaves room.
@@ -273,11 +275,12 @@ pub(crate) fn init_early() {
         unsafe { bindings::kho_scratch_cnt = 0 };
         return;
     }
-    let root = match check_fdt() {
+    let fdt = kho_state::handover().unwrap_or(0);
+    let root = match check_fdt(fdt) {
         Ok(root) => root,
-        Err(why) => return refuse(why),
+        Err(error) => return refuse((error.what(), fdt)),
     };
-    if let Err(refusal) = survey(root) {
+    if let Err(refusal) = survey(root, fdt) {
         return refuse(refusal.what());
     }
     IN_TREE.store(root.get(), Ordering::Relaxed);
@@ -293,7 +296,7 @@ fn unmark(areas: &[bindings::kho_scratch]) {
 }
 
 #[link_section = ".init.text"]
-fn survey(root: NodeAddr) -> Result<(), Refusal> {
+fn survey(root: NodeAddr, fdt: u64) -> Result<(), Refusal> {
     // SAFETY: For trees that are made here, and one that is surveyed first.
     let direct = || unsafe { Direct::new() };
     let machine = Memblock::new();
@@ -305,6 +308,9 @@ fn survey(root: NodeAddr) -> Result<(), Refusal> {
     let nodes = nodes?;
     // All that can be wrong with it is found now: soon there will be users of what was handed over.
     let census = kho_takeover::check(&tree, &machine)?;
+    if !kho_takeover::holds(&tree, Pfn::containing(fdt)) {
+        return Err(Refusal::Fdt(fdt));
+    }
     // SAFETY: Early boot; see the static.
     unsafe { FOUND = Some((census, nodes)) };
 

@@ -32,7 +32,7 @@ impl Scratch {
     pub(crate) fn parse(text: &[u8]) -> Option<Self> {
         let (first, rest) = number(text)?;
         if let [b'%'] = rest {
-            // Only in decimal, as C has it.
+            // In decimal only: in C a leading 0 means nothing here, but in a size it does.
             let decimal = !matches!(text, [b'0', ..]);
             let percent = u32::try_from(first).ok()?;
             return (decimal && percent != 0).then_some(Self::Scale(percent));

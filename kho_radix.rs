@@ -84,8 +84,11 @@ impl Node {
     }
 
     /// Returns the first run of set bits at or after bit `from`: its first bit, and how many.
-    #[inline]
+    #[inline(never)]
     fn run_from(&self, from: u64) -> Option<(u64, u64)> {
+        if from >= LEAF_SIZE {
+            return None;
+        }
         let mut index = from / WORD_BITS;
         let mut word = self.word(index).load() & u64::MAX.wrapping_shl(from as u32);
         while word == 0 {
@@ -117,9 +120,6 @@ impl Node {
     pub(crate) fn runs(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
         let mut from = 0;
         core::iter::from_fn(move || {
-            if from >= LEAF_SIZE {
-                return None;
-            }
             let (first, count) = self.run_from(from)?;
             from = first.wrapping_add(count);
             Some((first, count))
@@ -481,13 +481,16 @@ impl<M: NodeMem> Tree<M> {
         if level == 0 {
             return visitor.leaf(first, node);
         }
-        let shift = level_shift(level);
-        (0u64..).zip(node.words.iter()).all(|(index, word)| {
-            NodeAddr::new(word.follow()).is_none_or(|child| {
-                let first = first | index.wrapping_shl(shift);
-                self.visit_node(visitor, child, level.wrapping_sub(1), first)
-            })
-        })
+        let mut next = first;
+        for word in &node.words {
+            if let Some(child) = NodeAddr::new(word.follow()) {
+                if !self.visit_node(visitor, child, level.wrapping_sub(1), next) {
+                    return false;
+                }
+            }
+            next = next.wrapping_add(1u64.wrapping_shl(level_shift(level)));
+        }
+        true
     }
 
     /// Takes the nodes without keys out of the tree, the root excepted, and frees them if they are

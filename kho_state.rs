@@ -44,14 +44,12 @@ pub(crate) fn set_enabled(on: bool) {
     ENABLED.store(on, Ordering::Relaxed);
 }
 
-/// Physical address and size of the FDT that was handed over; 0 if there was none, or none that
-/// could be used.
+/// Physical address of the FDT that was handed over; 0 if there was none, or none that could be
+/// used.
 static IN_FDT: AtomicU64 = AtomicU64::new(0);
-static IN_FDT_LEN: AtomicU64 = AtomicU64::new(0);
 
 /// Says what was handed over, or with 0 that nothing was.
-pub(crate) fn set_handover(fdt: u64, len: u64) {
-    IN_FDT_LEN.store(len, Ordering::Relaxed);
+pub(crate) fn set_handover(fdt: u64) {
     IN_FDT.store(fdt, Ordering::Relaxed);
 }
 
@@ -60,20 +58,13 @@ pub(crate) fn handover() -> Option<u64> {
     Some(IN_FDT.load(Ordering::Relaxed)).filter(|phys| *phys != 0)
 }
 
-/// Returns the physical address and the size of the memory with the FDT that was handed over.
-pub(crate) fn handover_range() -> (u64, u64) {
-    (
-        IN_FDT.load(Ordering::Relaxed),
-        IN_FDT_LEN.load(Ordering::Relaxed),
-    )
-}
-
-/// Returns the FDT that was handed over.
-pub(crate) fn in_fdt() -> Option<Fdt> {
+/// Returns the FDT that was handed over. It must have been checked where it is, see
+/// `kho_memblock::init_early()`.
+fn in_fdt() -> Option<Fdt> {
     let fdt = kho_sys::virt(handover()?);
-    // SAFETY: There is memory of that size. The last kernel preserved it, as it did all that it
-    // hands over; if it did not, there are other contents now, which are looked at as such.
-    unsafe { Fdt::new(fdt, IN_FDT_LEN.load(Ordering::Relaxed)) }.ok()
+    // SAFETY: It was checked before anybody could ask, and found to be preserved: nobody else has
+    // this memory.
+    Some(unsafe { Fdt::checked(fdt) })
 }
 
 /// Physical address of the outgoing tree's root; 0 until there is one.
@@ -201,10 +192,7 @@ pub(crate) unsafe fn subtree(name: *const c_char) -> Result<Blob> {
     match unsafe { fdt.blob(name) } {
         Ok(blob) => Ok(blob),
         Err(FdtError::Absent) => Err(ENOENT),
-        Err(error) => {
-            kho_sys::complain(error.what(), handover().unwrap_or(0));
-            Err(EINVAL)
-        }
+        Err(_) => Err(EINVAL),
     }
 }
 

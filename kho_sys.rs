@@ -377,6 +377,7 @@ impl Fdt {
     /// # Safety
     ///
     /// `len` bytes at `fdt` must be readable for as long as the result is used.
+    #[link_section = ".init.text"]
     pub(crate) unsafe fn new(fdt: *const c_void, len: u64) -> Result<Self, FdtError> {
         if len < kho_fdt::HEADER_LEN as u64 {
             return Err(FdtError::Size(len as u32));
@@ -390,6 +391,16 @@ impl Fdt {
             0 => Ok(Self(fdt)),
             error => Err(FdtError::Format(error)),
         }
+    }
+
+    /// Returns an FDT that has been checked before.
+    ///
+    /// # Safety
+    ///
+    /// [`Fdt::new`] must have been called on this memory, which must not have changed since.
+    pub(crate) unsafe fn checked(fdt: *const c_void) -> Self {
+        // INVARIANT: By the caller's contract.
+        Self(fdt)
     }
 
     /// Returns the total size that the header states.
@@ -416,6 +427,7 @@ impl Fdt {
     }
 
     /// Checks the root node and returns where it says that the tree is.
+    #[link_section = ".init.text"]
     pub(crate) fn memory_map(&self) -> Result<NodeAddr, FdtError> {
         // SAFETY: As in `property()`.
         let error = unsafe {

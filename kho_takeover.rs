@@ -8,9 +8,9 @@
 //! ```text
 //!  survey()   every node of the tree is in RAM, outside scratch, and met once;
 //!             no node stands for memory that does not exist
-//!  busy()     which memory holds preserved blocks or the tree itself
 //!  check()    the blocks of all orders, merged into ranges: in RAM, outside scratch,
 //!             and whether any two overlap
+//!  busy()     which memory holds preserved blocks or the tree itself
 //!  apply()    reserve the ranges, then mark the blocks
 //! ```
 //!
@@ -21,7 +21,8 @@
 use super::kho_key::{
     Block,
     Key,
-    Order, //
+    Order,
+    Pfn, //
 };
 use super::kho_radix::{
     NoMemory,
@@ -52,6 +53,8 @@ pub(crate) enum Refusal {
     Reach(u64),
     /// Preserved memory that is not RAM of this machine, or lies in scratch.
     Range(Frames),
+    /// The root FDT is not preserved itself.
+    Fdt(u64),
     /// A range could not be reserved; the kernel's error number.
     Reserve(Frames, i32),
 }
@@ -75,6 +78,7 @@ impl Refusal {
                 "preserved memory that is not RAM outside scratch",
                 frames.phys(),
             ),
+            Self::Fdt(phys) => ("the FDT is not preserved", phys),
             Self::Reserve(frames, _) => ("memory that cannot be reserved", frames.phys()),
         }
     }
@@ -176,7 +180,10 @@ fn reaches_ram(first: u64, last: u64, ram_end: u64) -> bool {
 }
 
 /// Notes in `blocks` which blocks of order `grain` hold any preserved memory or a node of the
-/// tree, which [`survey`] must have found sound; each as its number in memory.
+/// tree; each as its number in memory.
+///
+/// [`survey`] must have found the tree sound, and [`check`] what it holds: a block as large as the
+/// address space would take for ever here.
 #[link_section = ".init.text"]
 pub(crate) fn busy<M: NodeMem, S: NodeMem>(
     tree: &Tree<M>,
@@ -285,6 +292,20 @@ pub(crate) fn check<M: NodeMem>(tree: &Tree<M>, machine: &dyn Machine) -> Result
         frames,
         overlap: union.overlap,
     })
+}
+
+/// Returns whether any block of the tree holds the frame.
+#[link_section = ".init.text"]
+pub(crate) fn holds<M: NodeMem>(tree: &Tree<M>, pfn: Pfn) -> bool {
+    let Some(page) = Block::new(pfn, Order::ZERO) else {
+        return false;
+    };
+    for order in Order::all() {
+        if tree.contains(Key::of(page.enclosing(order))) {
+            return true;
+        }
+    }
+    false
 }
 
 /// Reserves what [`check`] found and marks every block, or leaves the machine as it was.

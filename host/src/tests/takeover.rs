@@ -4,7 +4,8 @@
 
 use super::super::kho_key::{
     Block,
-    Order, //
+    Order,
+    Pfn, //
 };
 use super::super::kho_radix::{
     NodeAddr,
@@ -16,6 +17,7 @@ use super::super::kho_takeover::{
     apply,
     busy,
     check,
+    holds,
     survey,
     Machine,
     Refusal, //
@@ -577,6 +579,27 @@ fn take_over_across_leaves() {
         let blocks: Vec<_> = (border - 40..border + 40).map(|pfn| (pfn, 0)).collect();
         take_over(&blocks);
     }
+}
+
+/// A frame is held by a block of any order, from its first frame to its last.
+#[test]
+fn held_frames() {
+    let holds = |tree: &Tree<&Mem>, pfn| holds(tree, Pfn::new(pfn).unwrap());
+    for of in 0..=64 - PAGE_SHIFT {
+        let pages = 1u64 << of;
+        let start = if of < 63 - PAGE_SHIFT { pages } else { 0 };
+        let mem = node_mem();
+        let tree = tree_at(&mem, handed_over(&mem, &[(start, of)]));
+        assert!(
+            holds(&tree, start) && holds(&tree, start + pages - 1),
+            "order {of}"
+        );
+        assert!(start == 0 || !holds(&tree, start - 1), "order {of}");
+        let end = start + pages;
+        assert!(end == abi::PFN_END || !holds(&tree, end), "order {of}");
+    }
+    let mem = node_mem();
+    assert!(!holds(&tree_at(&mem, handed_over(&mem, &[])), 0x100));
 }
 
 /// The numbers of the blocks of order `grain` that [`busy`] finds.
