@@ -415,6 +415,43 @@ def move(index, keep=0):
     return break_node(change)
 
 
+def leaves(ram, fdt):
+    """The leaves of the tree: where each is, by the first key that it has room for."""
+    def below(node, level, first):
+        if level == 0:
+            yield first, node
+            return
+        for index, entry in enumerate(struct.unpack_from("=512Q", ram, node)):
+            if entry:
+                yield from below(entry, level - 1, first | index << 15 + 9 * (level - 1))
+    return dict(below(map_property(ram, fdt)[1], 5, 0))
+
+
+def blocks(ram, fdt):
+    """The preserved blocks: frame number and order of each."""
+    for first, leaf in leaves(ram, fdt).items():
+        bits = int.from_bytes(ram[leaf:leaf + 4096], "little")
+        while bits:
+            key = first | (bits & -bits).bit_length() - 1
+            order = 52 - (key.bit_length() - 1)
+            yield (key ^ 1 << 52 - order) << order, order
+            bits &= bits - 1
+
+
+def add_block(ram, fdt, pfn, order):
+    """Preserves one more block, if that takes no more than a bit; returns whether it does."""
+    key = 1 << 52 - order | pfn >> order
+    leaf = leaves(ram, fdt).get(key & ~0x7fff)
+    if leaf is not None:
+        ram[leaf + (key & 0x7fff) // 8] |= 1 << key % 8
+    return leaf is not None
+
+
+def block_beyond_memory(ram, fdt):
+    # A leaf of order 3 or more reaches beyond the guest's 512 MiB.
+    expect("no leaf of order 3", any([add_block(ram, fdt, 512 << 8, order) for order in range(3, 10)]))
+
+
 DAMAGE = {
     "magic": break_fdt(b"\xd0\x0d\xfe\xed", b"\xd0\x0d\xfe\xee"),
     "compatible": break_fdt(b"kho-v4", b"kho-v9"),
@@ -428,6 +465,7 @@ DAMAGE = {
     # The mark of order 0 is gone, what was an address now says the order.
     "orders": move(0),
     "key too wide": move(511),
+    "block beyond memory": block_beyond_memory,
 }
 
 
@@ -445,29 +483,56 @@ def bad_handover(log):
     return f"{len(DAMAGE)} kinds of damage"
 
 
+@test
+def overlap(log):
+    """R -> R with a page that is also in a larger block: said, and everything is there"""
+    def preserve_twice(ram, fdt):
+        larger = [(pfn, order) for pfn, order in blocks(ram, fdt) if order]
+        # The last page of a block; the first one is where its owner's mark goes.
+        expect("no place for it", any(add_block(ram, fdt, pfn + (1 << order) - 1, 0)
+                                      for pfn, order in larger))
+
+    with make(log) as guest:
+        done = meddle(guest, preserve_twice, RETRIEVE)
+        guest.expect_files(done, 1, 2)
+        done.expect_line(2, "KHO restore succeeded")
+        done.expect_line(2, "KHO: memory was preserved twice")
+
+
 def damaged(log, damage):
     with make(log) as guest:
-        ram_path, state = guest.dir / "ram", []
-
-        def during():
-            if state or not (guest.share / "waiting").exists():
-                return
-            with open(ram_path, "r+b") as file, mmap.mmap(file.fileno(), 0) as ram:
-                state.extend(root_fdts(ram))
-                for fdt in state if not BREAK else ():
-                    damage(ram, fdt)
-            (guest.share / "go").touch()
-
-        done = guest.run("kho=on liveupdate=on", [PRESERVE + """
-            touch /mnt/waiting
-            while [ ! -e /mnt/go ]; do sleep 0.1; done
-            next_kernel next
-            """, "report step cold"], mem="512M", ram=ram_path, during=during, timeout=120)
-        expect("kernel 1 has no root FDT", state)
-        done.expect(2)
+        done = meddle(guest, damage, "report step cold")
         lines = done.said(2, r"KHO: (?!found kexec handover|exec from|takeover:|scratch )")
         expect(f"{len(lines)} lines about the damage", len(lines) == 1)
         expect("the data was taken over", not done.said(2, "KHO restore succeeded"))
+
+
+def meddle(guest, damage, then):
+    """A kexec, with damage(ram, fdt) done to kernel 1 right before it."""
+    ram_path, state, failed = guest.dir / "ram", [], []
+
+    def during():
+        if state or not (guest.share / "waiting").exists():
+            return
+        with open(ram_path, "r+b") as file, mmap.mmap(file.fileno(), 0) as ram:
+            state.extend(root_fdts(ram))
+            try:
+                for fdt in state if not BREAK else ():
+                    damage(ram, fdt)
+            except Fail as fail:
+                failed.append(fail)
+        (guest.share / "go").touch()
+
+    done = guest.run("kho=on liveupdate=on", [PRESERVE + """
+        touch /mnt/waiting
+        while [ ! -e /mnt/go ]; do sleep 0.1; done
+        next_kernel next
+        """, then], mem="512M", ram=ram_path, during=during, timeout=120)
+    expect("kernel 1 has no root FDT", state)
+    for fail in failed:
+        raise fail
+    done.expect(2)
+    return done
 
 
 def one(number, name):
