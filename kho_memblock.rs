@@ -67,7 +67,10 @@ const EARLY_MAX: u64 = 128 * 1024;
 
 /// Scratch is extended by whole blocks of this order, 1 GiB: coarse enough to be quick on large
 /// machines, and of no use on small ones.
-const GRAIN: Option<Order> = Order::new(30 - PAGE_SHIFT);
+const GRAIN: Order = match Order::new(30 - PAGE_SHIFT) {
+    Some(order) => order,
+    None => Order::ZERO,
+};
 
 /// What `kho_scratch=` asks for.
 // Only `parse_scratch()` writes it and only `reserve_scratch()` reads it.
@@ -77,10 +80,11 @@ static mut SCRATCH: Scratch = Scratch::DEFAULT;
 /// Physical address of the root of the tree that was handed over and found sound; 0 if none.
 static IN_TREE: AtomicU64 = AtomicU64::new(0);
 
-/// How much memory there is with the FDT that was handed over.
-// Only `populate()` writes it and only `check_fdt()` reads it.
+/// The size of the memory with the FDT that was handed over, and the physical address of the table
+/// of scratch areas.
+// Only `populate()` writes it and only `init_early()` reads it.
 #[link_section = ".init.data"]
-static mut FDT_LEN: u64 = 0;
+static mut HANDED: (u64, u64) = (0, 0);
 
 /// What was found in that tree, and the number of its nodes.
 // Only `survey()` writes it and only `take_over()` reads it.
@@ -227,21 +231,17 @@ pub(crate) fn populate(fdt_phys: u64, fdt_len: u64, scratch_phys: u64, scratch_l
         bindings::memblock_set_kho_scratch_only();
         bindings::kho_scratch_cnt = count as u32;
     }
-    // The table is mapped for good later.
-    IN_TREE.store(scratch_phys, Ordering::Relaxed);
+    // SAFETY: Early boot; see the static.
+    unsafe { HANDED = (fdt_len, scratch_phys) };
     INHERITED.store(true, Ordering::Relaxed);
     kho_state::set_handover(fdt_phys);
-    // SAFETY: Early boot; see the static.
-    unsafe { FDT_LEN = fdt_len };
     pr_info!("found kexec handover data.\n");
 }
 
-/// Checks the FDT at `phys` again, on the memory where it is used from now on, and that its
+/// Checks the FDT in the `len` bytes at `phys` again, where it is used from now on, and that its
 /// subtrees are in memory. Returns where the tree is.
 #[link_section = ".init.text"]
-fn check_fdt(phys: u64) -> Result<NodeAddr, FdtError> {
-    // SAFETY: Early boot; see the static.
-    let len = unsafe { FDT_LEN };
+fn check_fdt(phys: u64, len: u64) -> Result<NodeAddr, FdtError> {
     if !Frames::covering(phys, len).is_some_and(is_memory) {
         return Err(FdtError::Magic);
     }
@@ -263,8 +263,8 @@ pub(crate) fn init_early() {
     if !INHERITED.load(Ordering::Relaxed) {
         return;
     }
-    // Until here this was where the table is.
-    let table = IN_TREE.swap(0, Ordering::Relaxed);
+    // SAFETY: Early boot; see the static.
+    let (fdt_len, table) = unsafe { HANDED };
     // SAFETY: Early boot; the table was reserved.
     unsafe { bindings::kho_scratch = kho_sys::virt(table) };
     if !kho_state::is_enabled() {
@@ -276,7 +276,7 @@ pub(crate) fn init_early() {
         return;
     }
     let fdt = kho_state::handover().unwrap_or(0);
-    let root = match check_fdt(fdt) {
+    let root = match check_fdt(fdt, fdt_len) {
         Ok(root) => root,
         Err(error) => return refuse((error.what(), fdt)),
     };
@@ -318,19 +318,23 @@ fn survey(root: NodeAddr, fdt: u64) -> Result<(), Refusal> {
     // already, as far as memblock knows.
     tree.prune(false);
 
-    let blocks = Tree::new(direct())?;
-    let result = extend(&tree, &blocks);
+    // Without more scratch there is less room to allocate from, that is all.
+    let Ok(blocks) = Tree::new(direct()) else {
+        pr_warn!("failed to extend scratch: no memory\n");
+        return Ok(());
+    };
+    match kho_takeover::busy(&tree, GRAIN, &blocks) {
+        Ok(()) => extend(&blocks),
+        Err(_) => pr_warn!("failed to extend scratch: no memory\n"),
+    }
     blocks.destroy();
-    result
+    Ok(())
 }
 
-/// Marks as scratch what no preserved memory and no node of the tree is near to; `busy` is for
-/// the blocks that are not.
+/// Marks all memory as scratch but the blocks in `busy`.
 #[link_section = ".init.text"]
-fn extend(tree: &Tree<Direct>, busy: &Tree<Direct>) -> Result<(), Refusal> {
-    let Some(grain) = GRAIN else { return Ok(()) };
-    kho_takeover::busy(tree, grain, busy)?;
-    let size = grain.pages() << PAGE_SHIFT;
+fn extend(busy: &Tree<Direct>) {
+    let size = GRAIN.pages() << PAGE_SHIFT;
     // SAFETY: Early boot.
     let dram_end = unsafe { bindings::memblock_end_of_DRAM() };
     let mut free_from = 0u64;
@@ -340,7 +344,6 @@ fn extend(tree: &Tree<Direct>, busy: &Tree<Direct>) -> Result<(), Refusal> {
         free_from = start.saturating_add(run.count.saturating_mul(size));
     }
     mark_scratch(free_from, dram_end);
-    Ok(())
 }
 
 #[link_section = ".init.text"]
@@ -349,7 +352,6 @@ fn mark_scratch(start: u64, end: u64) {
         // SAFETY: Early boot.
         let error = unsafe { bindings::memblock_mark_kho_scratch(start, end.wrapping_sub(start)) };
         if error != 0 {
-            // There is less room to allocate from, that is all.
             pr_warn!("failed to extend scratch: error {error}\n");
         }
     }

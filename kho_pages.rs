@@ -33,10 +33,16 @@ use kernel::{
     warn_on, //
 };
 
-/// With debug checks on, refuses memory in a scratch area, which the next kernel overwrites.
+/// Refuses memory in a scratch area: the next kernel boots in there, and would refuse all of the
+/// handover for it. Movable memory may lie there, and has to be pinned before it is preserved; who
+/// does not is told by a trace, with debug checks.
 #[inline]
 fn check_scratch(phys: u64, bytes: u64) -> Result {
-    if cfg!(CONFIG_KEXEC_HANDOVER_DEBUG) && warn_on!(kho_sys::in_scratch(phys, bytes)) {
+    let inside = kho_sys::in_scratch(phys, bytes);
+    if cfg!(CONFIG_KEXEC_HANDOVER_DEBUG) {
+        warn_on!(inside);
+    }
+    if inside {
         return Err(EINVAL);
     }
     Ok(())
@@ -47,7 +53,7 @@ fn check_scratch(phys: u64, bytes: u64) -> Result {
 /// # Errors
 ///
 /// `EOPNOTSUPP` with KHO off, `EEXIST` if exactly this block is preserved already (whoever did
-/// that counts on being the one to undo it), `ENOMEM`; `EINVAL` in scratch, with debug checks.
+/// that counts on being the one to undo it), `ENOMEM`; `EINVAL` in scratch.
 #[inline(never)]
 pub(crate) fn preserve(block: Block) -> Result {
     check_scratch(block.pfn().phys(), Frames::of_block(block).bytes())?;
