@@ -167,22 +167,23 @@ pub(crate) fn restore_folio(phys: u64) -> Option<*mut bindings::folio> {
     })
 }
 
-/// What [`walk`] does with each block.
+/// What is done with each block of a range on its way to being restored.
 #[derive(Clone, Copy, PartialEq)]
-enum Step {
+pub(crate) enum Step {
     /// Nothing, if it is preserved.
     Check,
     /// Claims it.
     Claim,
     /// Puts a claimed one back.
     Unclaim,
-    /// Makes a claimed one single pages.
+    /// Makes a claimed one single pages, to which the caller has the only reference.
     Take,
 }
 
 /// Takes a step with the blocks of `frames`, as they come: whatever the range was cut into when it
 /// was preserved. Stops before one that is not as it has to be, or does not end in the range, and
 /// returns how many frames lie before that.
+#[inline(never)]
 fn walk(frames: Frames, step: Step) -> u64 {
     let (from, to) = match step {
         Step::Check | Step::Claim => (Mark::Preserved, Mark::Claimed),
@@ -211,39 +212,27 @@ fn walk(frames: Frames, step: Step) -> u64 {
     done
 }
 
-/// Returns whether all of `frames` could be claimed.
-pub(crate) fn is_preserved(frames: Frames) -> bool {
-    walk(frames, Step::Check) == frames.count()
-}
-
-/// Claims all of `frames`, or nothing.
-pub(crate) fn claim(frames: Frames) -> bool {
-    if !is_preserved(frames) {
+/// Takes a step with all of `frames`; returns whether all of it was as it has to be. It is claimed
+/// as a whole or not at all.
+pub(crate) fn all(frames: Frames, step: Step) -> bool {
+    if step == Step::Claim && !all(frames, Step::Check) {
         return false;
     }
-    let claimed = walk(frames, Step::Claim);
-    if claimed < frames.count() {
+    let done = walk(frames, step);
+    if done == frames.count() {
+        return true;
+    }
+    if step == Step::Claim {
         // Somebody else restores part of it at the same time.
-        unclaim(frames.head(claimed));
-        return false;
+        walk(frames.head(done), Step::Unclaim);
     }
-    true
-}
-
-/// Undoes [`claim`].
-pub(crate) fn unclaim(frames: Frames) {
-    walk(frames, Step::Unclaim);
-}
-
-/// Makes claimed memory single pages that the caller has the only reference to.
-pub(crate) fn take(frames: Frames) {
-    walk(frames, Step::Take);
+    false
 }
 
 /// Restores a range of single pages, which starts at `phys`, all of it or nothing.
 pub(crate) fn restore_frames(frames: Option<Frames>, phys: u64) -> Option<Page> {
-    if let Some(frames) = frames.filter(|frames| frames.count() > 0 && claim(*frames)) {
-        take(frames);
+    if let Some(frames) = frames.filter(|it| it.count() > 0 && all(*it, Step::Claim)) {
+        all(frames, Step::Take);
         return Page::online(frames.start());
     }
     kho_sys::complain(NOTHING, phys);

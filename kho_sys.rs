@@ -439,6 +439,7 @@ impl Fdt {
         kho_fdt::memory_map(self.property(FdtNode::ROOT, bindings::KHO_FDT_MEMORY_MAP_PROP_NAME))
     }
 
+    #[inline(never)]
     fn blob_at(&self, node: FdtNode) -> Result<Blob, FdtError> {
         Blob::from_properties(
             self.property(node, bindings::KHO_SUB_TREE_PROP_NAME),

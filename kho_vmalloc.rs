@@ -25,7 +25,10 @@ use super::kho_key::{
     Order,
     Pfn, //
 };
-use super::kho_pages;
+use super::kho_pages::{
+    self,
+    Step, //
+};
 use super::kho_range::Frames;
 use super::kho_sys::{
     self,
@@ -99,50 +102,44 @@ impl Chunk {
 /// What [`each`] does with the memory that a list names, and with its chunks.
 #[derive(Clone, Copy)]
 enum Do {
-    /// Finds out whether it is preserved, and can be restored.
-    Check,
-    /// Claims it.
-    Claim,
-    /// Puts it back.
-    Unclaim,
-    /// Writes its struct pages to an array.
+    /// Takes a step on the way to being restored; after [`Step::Take`], frees the chunks.
+    Restore(Step),
+    /// Writes the struct pages of the area to an array.
     List(NonNull<*mut bindings::page>),
-    /// Makes it allocated memory, but frees the chunks.
-    Take,
     /// Undoes its preservation, and frees the chunks.
     Unpreserve,
 }
 
-/// Does something with the parts of a list, until it fails or `limit` pages have been seen. A
-/// chunk and each of its entries are such parts.
+/// Does something with the parts of a list, a chunk or one of its entries each, until that fails.
+/// Returns how many parts it was done with, and how many pages of the area there are if it never
+/// failed.
 ///
-/// Returns how many parts it was done with, and how many pages of the area there are, if it did not
-/// fail.
+/// Of two limits one depends on what is done: no more than `limit` pages pass [`Step::Check`], and
+/// [`Step::Unclaim`] ends after `limit` parts.
 ///
 /// # Safety
 ///
 /// All that the list names must be chunks and memory, to which that may be done; with
-/// [`Do::Check`] there need only be RAM in what is preserved. An array must have `limit` entries.
+/// [`Step::Check`] there need only be RAM in what is preserved. An array must have an entry for
+/// each page.
 unsafe fn each(what: Do, first: u64, order: Order, limit: u64) -> (u64, Option<u64>) {
+    let is = |step| matches!(what, Do::Restore(it) if it == step);
+    let ends = is(Step::Take) || matches!(what, Do::Unpreserve);
     let mut parts = 0u64;
     let mut pages = 0u64;
     let mut next = first;
     while next != 0 {
+        // Every chunk but the last one has pages: a list that never ends is found out.
+        if is(Step::Check) && parts > pages.saturating_mul(2) {
+            return (parts, None);
+        }
         let Some(chunk) = frames_at(next, Order::ZERO) else {
             return (parts, None);
         };
-        let done = match what {
-            // Every chunk but the last one has pages: a list that never ends is found out.
-            Do::Check => parts <= pages.saturating_mul(2) && kho_pages::is_preserved(chunk),
-            Do::Claim => kho_pages::claim(chunk),
-            Do::Unclaim => {
-                kho_pages::unclaim(chunk);
-                true
+        if let Do::Restore(step) = what {
+            if step != Step::Take && !kho_pages::all(chunk, step) {
+                return (parts, None);
             }
-            _ => true,
-        };
-        if !done {
-            return (parts, None);
         }
         parts = parts.wrapping_add(1);
 
@@ -152,27 +149,21 @@ unsafe fn each(what: Do, first: u64, order: Order, limit: u64) -> (u64, Option<u
         // reference is not used after it is given away.
         let (entries, link) = unsafe { (&(*at).phys, (*at).hdr.next.phys) };
         for phys in entries {
-            if *phys == 0 || (matches!(what, Do::Unclaim) && parts >= limit) {
+            if *phys == 0 || is(Step::Unclaim) && parts >= limit {
                 break;
             }
             let Some(frames) = frames_at(*phys, order) else {
                 return (parts, None);
             };
+            let before = pages;
+            pages = pages.wrapping_add(frames.count());
+            if is(Step::Check) && pages > limit {
+                return (parts, None);
+            }
             let done = match what {
-                Do::Check => {
-                    pages.wrapping_add(frames.count()) <= limit && kho_pages::is_preserved(frames)
-                }
-                Do::Claim => kho_pages::claim(frames),
-                Do::Unclaim => {
-                    kho_pages::unclaim(frames);
-                    true
-                }
+                Do::Restore(step) => kho_pages::all(frames, step),
                 // SAFETY: By the caller's contract the array is long enough.
-                Do::List(array) => unsafe { list(array.add(pages as usize), frames) },
-                Do::Take => {
-                    kho_pages::take(frames);
-                    true
-                }
+                Do::List(array) => unsafe { list(array.add(before as usize), frames) },
                 Do::Unpreserve => {
                     kho_pages::unpreserve_frames(frames);
                     true
@@ -182,15 +173,16 @@ unsafe fn each(what: Do, first: u64, order: Order, limit: u64) -> (u64, Option<u
                 return (parts, None);
             }
             parts = parts.wrapping_add(1);
-            pages = pages.wrapping_add(frames.count());
         }
-        match what {
-            Do::Take => kho_pages::take(chunk),
-            Do::Unpreserve => kho_pages::unpreserve_frames(chunk),
-            Do::Unclaim if parts >= limit => break,
-            _ => {}
+        if is(Step::Unclaim) && parts >= limit {
+            break;
         }
-        if matches!(what, Do::Take | Do::Unpreserve) {
+        if ends {
+            if is(Step::Take) {
+                kho_pages::all(chunk, Step::Take);
+            } else {
+                kho_pages::unpreserve_frames(chunk);
+            }
             // SAFETY: It is an allocated page now, and by the caller's contract nobody else's.
             unsafe { kho_sys::free_page(chunk.phys()) };
         }
@@ -301,7 +293,8 @@ pub(crate) fn restore(preservation: &bindings::kho_vmalloc) -> Option<*mut c_voi
     // SAFETY: The address is the only thing that is ever in there.
     let first = unsafe { preservation.first.phys };
     // SAFETY: What is preserved is RAM, and nobody has restored it; what is in it is not relied on.
-    if total == 0 || unsafe { each(Do::Check, first, order, total) }.1 != Some(total) {
+    if total == 0 || unsafe { each(Do::Restore(Step::Check), first, order, total) }.1 != Some(total)
+    {
         kho_sys::complain("a vmalloc area is not preserved whole", first);
         return None;
     }
@@ -335,7 +328,7 @@ pub(crate) fn restore(preservation: &bindings::kho_vmalloc) -> Option<*mut c_voi
             bindings::kvfree(array.as_ptr().cast());
             return None;
         }
-        each(Do::Take, first, order, total);
+        each(Do::Restore(Step::Take), first, order, total);
         Some(bindings::kho_glue_vmap_done(
             area,
             array.as_ptr(),
@@ -353,10 +346,10 @@ pub(crate) fn restore(preservation: &bindings::kho_vmalloc) -> Option<*mut c_voi
 unsafe fn claim(first: u64, order: Order) -> bool {
     // SAFETY: By the caller's contract.
     unsafe {
-        let (claimed, all) = each(Do::Claim, first, order, u64::MAX);
+        let (claimed, all) = each(Do::Restore(Step::Claim), first, order, u64::MAX);
         if all.is_none() && claimed > 0 {
             // Somebody else restores part of it at the same time.
-            each(Do::Unclaim, first, order, claimed);
+            each(Do::Restore(Step::Unclaim), first, order, claimed);
         }
         all.is_some()
     }
