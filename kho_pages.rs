@@ -8,7 +8,7 @@
 //!  this kernel                           the next one
 //!
 //!  preserve()      key in the tree --->  takeover: reserved, first page marked Preserved
-//!  unpreserve()    key gone              claim():  marked Claimed, or all put back
+//!  unpreserve()    key gone              Step::Claim: marked Claimed, or all put back
 //!                                        into_folio(), into_pages(): an allocated block
 //! ```
 //!

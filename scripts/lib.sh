@@ -45,12 +45,10 @@ run_logged() {
 	return $rc
 }
 
-# Where the toolchain lives: "/" when the host's own is good enough, else a
-# Debian root below the cache (scripts/root makes it and prints its path).
-build_root() { "$TOP/scripts/root" --print; }
-
-# in_root CMD...: runs CMD as root in the build root, with the repository and
-# the cache mounted at the paths they have outside and the same directory.
+# in_root CMD...: runs CMD as root where the toolchain is, which scripts/root has
+# found out: "/" when the host's own is good enough, else a Debian root below the
+# cache, with the repository and the cache mounted at the paths they have outside
+# and the same directory.
 in_root() {
 	local root
 	root=$(cat "$CACHE/root.path" 2>/dev/null) || die "no build root: run scripts/root"
