@@ -378,6 +378,26 @@ unsafe extern "C" fn kho_memory_init() {
     kho_memblock::init();
 }
 
+#[export]
+#[link_section = ".init.text"]
+#[expect(
+    clippy::missing_safety_doc,
+    reason = "called once, from `mm_core_init()`"
+)]
+unsafe extern "C" fn kho_memory_init_free() {
+    kho_memblock::init_free();
+}
+
+#[export]
+#[link_section = ".init.text"]
+#[expect(
+    clippy::missing_safety_doc,
+    reason = "called once, from `page_alloc_init_late()`"
+)]
+unsafe extern "C" fn kho_memory_init_late() {
+    kho_memblock::init_late();
+}
+
 /// # Safety
 ///
 /// `arg` must be null or a string that ends with a NUL.

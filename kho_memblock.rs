@@ -417,6 +417,14 @@ fn take_over(root: NodeAddr) -> Result<(), Refusal> {
     Ok(())
 }
 
+/// Gives what is not preserved to the page allocator, where struct pages are not deferred.
+#[link_section = ".init.text"]
+pub(crate) fn init_free() {}
+
+/// Gives the rest of what is not preserved to the page allocator.
+#[link_section = ".init.text"]
+pub(crate) fn init_late() {}
+
 /// The machine as memblock knows it.
 struct Memblock {
     ram_end: u64,
