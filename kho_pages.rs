@@ -27,6 +27,7 @@ use super::kho_sys::{
     Mark,
     Page, //
 };
+use super::kho_withheld;
 use kernel::{
     bindings,
     prelude::*,
@@ -152,12 +153,14 @@ const NOTHING: &str = "nothing to restore: not preserved, or restored already";
 /// [`None`] if none was preserved at `phys` or it has been restored.
 pub(crate) fn restore_folio(phys: u64) -> Option<*mut bindings::folio> {
     let folio = || {
+        kho_withheld::settle(Frames::covering(phys, 1)?);
         let page = Page::online(phys >> super::PAGE_SHIFT)?;
         let order = page.order(Mark::Preserved)?;
         // A range of pages may have been preserved in one block that is too large for a folio.
         if order.get() > bindings::KHO_MAX_FOLIO_ORDER {
             return None;
         }
+        kho_withheld::settle(Frames::covering(phys, order.pages() << super::PAGE_SHIFT)?);
         let order = page.turn(Mark::Preserved, Mark::Claimed)?;
         Some(page.into_folio(order))
     };
@@ -218,6 +221,7 @@ pub(crate) fn all(frames: Frames, step: Step) -> bool {
     if step == Step::Claim && !all(frames, Step::Check) {
         return false;
     }
+    kho_withheld::settle(frames);
     let done = walk(frames, step);
     if done == frames.count() {
         return true;

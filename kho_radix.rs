@@ -55,10 +55,10 @@ pub(crate) const DEPTH: u32 = (KEY_BITS - LEAF_BITS).div_ceil(TABLE_BITS) + 1;
 const ROOT: u32 = DEPTH - 1;
 
 /// Words in a node.
-const WORDS: usize = 1 << TABLE_BITS;
+pub(crate) const WORDS: u64 = 1 << TABLE_BITS;
 
 /// Bits in a word.
-const WORD_BITS: u64 = u64::BITS as u64;
+pub(crate) const WORD_BITS: u64 = u64::BITS as u64;
 
 /// Bits, and so keys, in a leaf.
 const LEAF_SIZE: u64 = 1 << LEAF_BITS;
@@ -66,21 +66,21 @@ const LEAF_SIZE: u64 = 1 << LEAF_BITS;
 /// A node: a table of physical addresses, or a leaf's bitmap.
 #[repr(C)]
 pub(crate) struct Node {
-    words: [Word; WORDS],
+    words: [Word; WORDS as usize],
 }
 
 impl Node {
     /// Returns the word at `index`, which wraps around: no index is out of bounds.
     #[inline(always)]
-    fn word(&self, index: u64) -> &Word {
+    pub(crate) fn word(&self, index: u64) -> &Word {
         // BOUNDS: The mask is the array's length less one.
-        &self.words[index as usize & (WORDS - 1)]
+        &self.words[(index & (WORDS - 1)) as usize]
     }
 
     /// Returns whether no bit is set and no entry is used, looking at the words from `start` on
     /// first, as those are the likeliest to say no.
     fn is_empty(&self, start: u64) -> bool {
-        (0..WORDS as u64).all(|i| self.word(start.wrapping_add(i)).load() == 0)
+        (0..WORDS).all(|i| self.word(start.wrapping_add(i)).load() == 0)
     }
 
     /// Returns the first run of set bits at or after bit `from`: its first bit, and how many.
@@ -93,7 +93,7 @@ impl Node {
         let mut word = self.word(index).load() & u64::MAX.wrapping_shl(from as u32);
         while word == 0 {
             index = index.wrapping_add(1);
-            if index >= WORDS as u64 {
+            if index >= WORDS {
                 return None;
             }
             word = self.word(index).load();
@@ -104,7 +104,7 @@ impl Node {
         // A run that reaches the end of its word may go on in the next one.
         while first.wrapping_add(count) % WORD_BITS == 0 {
             index = index.wrapping_add(1);
-            if index >= WORDS as u64 {
+            if index >= WORDS {
                 break;
             }
             let more = self.word(index).load().trailing_ones();
@@ -114,6 +114,39 @@ impl Node {
             count = count.wrapping_add(more.into());
         }
         Some((first, count))
+    }
+
+    /// Returns the first run of clear bits at or after bit `from`: its first bit, and how many.
+    #[link_section = ".init.text"]
+    pub(crate) fn clear_run(&self, from: u64) -> Option<(u64, u64)> {
+        let mut start = from;
+        while let Some((first, count)) = self.run_from(start) {
+            if first > start {
+                return Some((start, first.wrapping_sub(start)));
+            }
+            start = first.wrapping_add(count);
+        }
+        let count = LEAF_SIZE.checked_sub(start).filter(|count| *count > 0)?;
+        Some((start, count))
+    }
+
+    /// Sets `count` bits from bit `from` on, while nobody else uses the node; returns how many
+    /// were set before.
+    #[link_section = ".init.text"]
+    pub(crate) fn fill(&self, from: u64, count: u64) -> u64 {
+        let end = from.saturating_add(count).min(LEAF_SIZE);
+        let (mut at, mut again) = (from, 0u64);
+        while at < end {
+            let bits = (WORD_BITS - at % WORD_BITS).min(end.wrapping_sub(at));
+            let mask = u64::MAX.wrapping_shr(WORD_BITS.wrapping_sub(bits) as u32);
+            let mask = mask.wrapping_shl(at as u32);
+            let word = self.word(at / WORD_BITS);
+            let old = word.load();
+            word.store(old | mask);
+            again = again.wrapping_add((old & mask).count_ones().into());
+            at = at.wrapping_add(bits);
+        }
+        again
     }
 
     /// Returns the runs of set bits, in ascending order, each as its first bit and how many.
@@ -388,6 +421,22 @@ impl<M: NodeMem> Tree<M> {
         }
     }
 
+    /// Returns the leaf that has room for `key`, if there is one.
+    pub(crate) fn find_leaf(&self, key: Key) -> Option<&Node> {
+        self.find(key).ok()
+    }
+
+    /// Returns the leaf that has room for `key`, made if need be. Nobody else may be in the tree.
+    pub(crate) fn leaf(&self, key: Key) -> Result<&Node, NoMemory> {
+        if let Ok(leaf) = self.find(key) {
+            return Ok(leaf);
+        }
+        self.add(key)?;
+        let leaf = self.find(key).map_err(|_| NoMemory)?;
+        leaf.word(leaf_index(key)).store(0);
+        Ok(leaf)
+    }
+
     /// Returns whether `key` is in the tree.
     pub(crate) fn contains(&self, key: Key) -> bool {
         self.find(key)
@@ -397,20 +446,20 @@ impl<M: NodeMem> Tree<M> {
     /// Returns the first leaf that may hold keys from `from` to `last`, and the first key it has
     /// room for.
     #[link_section = ".init.text"]
-    fn next_leaf(&self, from: Key, last: Key) -> Option<(u64, &Node)> {
+    pub(crate) fn next_leaf(&self, from: Key, last: Key) -> Option<(u64, &Node)> {
         let mut path = [None; DEPTH as usize];
         let mut key = from.get();
         let mut level = ROOT;
         let mut node = self.mem.node(self.root);
         loop {
             let shift = level_shift(level);
-            let start = key.wrapping_shr(shift) & (WORDS as u64 - 1);
-            let found = (start..WORDS as u64)
+            let start = key.wrapping_shr(shift) & (WORDS - 1);
+            let found = (start..WORDS)
                 .find_map(|i| NodeAddr::new(node.word(i).follow()).map(|addr| (i, addr)));
             if let Some((index, addr)) = found {
                 if index != start {
                     key =
-                        (key.wrapping_shr(shift) & !(WORDS as u64 - 1) | index).wrapping_shl(shift);
+                        (key.wrapping_shr(shift) & !(WORDS - 1) | index).wrapping_shl(shift);
                 }
                 if key > last.get() {
                     return None;
@@ -433,20 +482,15 @@ impl<M: NodeMem> Tree<M> {
             loop {
                 level = level.wrapping_add(1);
                 node = (*path.get(level as usize)?)?;
-                if key.wrapping_shr(level_shift(level)) & (WORDS as u64 - 1) != 0 {
+                if key.wrapping_shr(level_shift(level)) & (WORDS - 1) != 0 {
                     break;
                 }
             }
         }
     }
 
-    /// Returns the runs of adjacent blocks of `order`, in ascending order. For takeover: what
-    /// iterates is in `.init.text`.
-    pub(crate) fn runs(&self, order: Order) -> Runs<'_, M> {
-        self.runs_between(Key::bounds(order))
-    }
-
-    /// Returns the runs of adjacent keys from the first to the last of `bounds`.
+    /// Returns the runs of adjacent keys from the first to the last of `bounds`, in ascending order.
+    /// For takeover: what iterates is in `.init.text`.
     pub(crate) fn runs_between(&self, bounds: (Key, Key)) -> Runs<'_, M> {
         Runs {
             tree: self,
@@ -561,7 +605,7 @@ pub(crate) struct Run {
     pub(crate) count: u64,
 }
 
-/// Runs of adjacent keys of one order, across leaves; see [`Tree::runs`].
+/// Runs of adjacent keys of one order, across leaves; see [`Tree::runs_between`].
 pub(crate) struct Runs<'a, M> {
     tree: &'a Tree<M>,
     /// The leaf that `at` lies in, if it has been looked up.
