@@ -112,6 +112,17 @@ void kho_glue_init_folio(struct page *page, unsigned int order)
 	adjust_managed_page_count(page, nr_pages);
 }
 
+/* A page of memblock's that outlived it is a reserved one. */
+void kho_glue_free_page(phys_addr_t phys)
+{
+	struct page *page = phys_to_page(phys);
+
+	if (PageReserved(page))
+		free_reserved_page(page);
+	else
+		__free_page(page);
+}
+
 void __init kho_glue_init_cma(unsigned long pfn, unsigned long nr_pages)
 {
 	for (unsigned long i = 0; i < nr_pages; i += pageblock_nr_pages)

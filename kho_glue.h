@@ -57,6 +57,7 @@ int kho_glue_early_pfn_to_nid(unsigned long pfn);
 unsigned long *kho_glue_page_private(struct page *page);
 void kho_glue_init_pages(struct page *page, unsigned long nr_pages);
 void kho_glue_init_folio(struct page *page, unsigned int order);
+void kho_glue_free_page(phys_addr_t phys);
 void kho_glue_init_cma(unsigned long pfn, unsigned long nr_pages);
 
 /* memory that takeover withholds */

@@ -32,7 +32,6 @@
 
 use super::kho_key::{
     Key,
-    Order,
     KEY_BITS, //
 };
 use super::kho_word::Word;

@@ -74,6 +74,15 @@ pub(crate) fn phys<T>(virt: *mut T) -> u64 {
 /// passed since it was set, whoever prunes is alone. Who comes meanwhile waits for the prune mutex.
 static PRUNING: AtomicBool = AtomicBool::new(false);
 
+/// Whether free memory is the page allocator's, and no longer memblock's.
+static BUDDY_IS_UP: AtomicBool = AtomicBool::new(false);
+
+/// Says that free memory is the page allocator's from now on.
+#[link_section = ".init.text"]
+pub(crate) fn set_buddy_is_up() {
+    BUDDY_IS_UP.store(true, Ordering::Relaxed);
+}
+
 /// Tree nodes in the direct map.
 pub(crate) struct Direct {
     offset: usize,
@@ -130,14 +139,12 @@ impl NodeMem for Direct {
     #[link_section = ".ref.text"]
     #[inline(never)]
     fn free(&self, node: NodeAddr) {
-        let page = virt::<c_void>(node.get());
-        // SAFETY: The page came from `alloc()`, and by its contract nobody uses it. All that is
-        // allocated from memblock is freed before slab is up.
+        // SAFETY: The page came from `alloc()`, and by its contract nobody uses it.
         unsafe {
-            if bindings::slab_is_available() {
-                bindings::free_pages(page as usize, 0);
+            if BUDDY_IS_UP.load(Ordering::Relaxed) {
+                bindings::kho_glue_free_page(node.get());
             } else {
-                bindings::memblock_free(page, bindings::PAGE_SIZE);
+                bindings::memblock_phys_free(node.get(), bindings::PAGE_SIZE as u64);
             }
         }
     }

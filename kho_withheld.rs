@@ -48,9 +48,8 @@ use super::kho_memblock::{
     Memblock, //
 };
 use super::kho_radix::{
-    Node,
+    NoMemory,
     NodeAddr,
-    NodeMem,
     Runs,
     Tree, //
 };
@@ -70,7 +69,6 @@ use super::kho_takeover::{
 use super::PAGE_SHIFT;
 use core::{
     mem::size_of,
-    ptr::NonNull,
     sync::atomic::{
         AtomicBool,
         Ordering, //
@@ -97,51 +95,14 @@ const MOST_REGIONS: usize = 1024;
 /// in frames. Deferred initialisation counts on a section, 128 MiB, as well.
 const FLOOR: u64 = (128 << 20) >> PAGE_SHIFT;
 
-/// Memory for the sets that takeover needs. It is memblock's as long as there is memblock.
-pub(crate) struct Early;
+/// A set of numbers, of frames or grains.
+type Set = Tree<Direct>;
 
-/// Whether free memory is the page allocator's already.
-static HANDED_ON: AtomicBool = AtomicBool::new(false);
-
-impl NodeMem for Early {
-    type Pass<'a> = ();
-
-    #[inline(always)]
-    fn enter(&self) {}
-
-    #[link_section = ".ref.text"]
-    #[inline(never)]
-    fn alloc(&self) -> Option<NodeAddr> {
-        if HANDED_ON.load(Ordering::Relaxed) {
-            return None;
-        }
-        // SAFETY: Early boot.
-        let page = unsafe {
-            let size = bindings::PAGE_SIZE as u64;
-            bindings::memblock_alloc_try_nid(size, size, 0, 0, bindings::NUMA_NO_NODE)
-        };
-        NonNull::new(page).and_then(|page| NodeAddr::new(kho_sys::phys(page.as_ptr())))
-    }
-
-    #[link_section = ".ref.text"]
-    #[inline(never)]
-    fn free(&self, node: NodeAddr) {
-        // SAFETY: The page came from `alloc()`, and by its contract nobody uses it.
-        unsafe {
-            if HANDED_ON.load(Ordering::Relaxed) {
-                bindings::kho_glue_free_block(Pfn::containing(node.get()).get() as usize, 0);
-                bindings::kho_glue_add_totalram(1);
-            } else {
-                bindings::memblock_phys_free(node.get(), bindings::PAGE_SIZE as u64);
-            }
-        }
-    }
-
-    #[inline(always)]
-    fn node(&self, addr: NodeAddr) -> &Node {
-        // SAFETY: It came from `alloc()`.
-        unsafe { &*kho_sys::virt(addr.get()) }
-    }
+/// Makes an empty set.
+#[link_section = ".init.text"]
+fn new_set() -> Result<Set, NoMemory> {
+    // SAFETY: The tree is made here.
+    Tree::new(unsafe { Direct::new() })
 }
 
 /// What takeover knows until everything has been given back.
@@ -154,15 +115,15 @@ pub(crate) struct Takeover {
     /// Ranges of preserved memory.
     pub(crate) ranges: u64,
     /// Frames of the tree's nodes that are nothing else.
-    nodes: Tree<Early>,
+    nodes: Set,
     /// Frames of grains that are not given back: preserved, nodes, or others'.
-    held: Tree<Early>,
+    held: Set,
     /// Grains whose struct pages are initialised, and which are free but for what is held.
-    ready: Tree<Early>,
+    ready: Set,
     /// The same, but their struct pages are not initialised yet.
-    raw: Tree<Early>,
+    raw: Set,
     /// Grains that are not only ours.
-    mixed: Tree<Early>,
+    mixed: Set,
 }
 
 /// What was taken over, while not everything has been given back.
@@ -177,7 +138,7 @@ const ALL: (Key, Key) = (Key::MIN, Key::MAX);
 
 /// Runs of a set of blocks of one order, as frames, ascending.
 pub(crate) struct Ranges<'a> {
-    runs: Runs<'a, Early>,
+    runs: Runs<'a, Direct>,
     order: Order,
 }
 
@@ -194,7 +155,7 @@ impl Iterator for Ranges<'_> {
 
 /// Returns the frames of a set of grains.
 #[link_section = ".init.text"]
-fn frames_of(grains: &Tree<Early>) -> Ranges<'_> {
+fn frames_of(grains: &Set) -> Ranges<'_> {
     Ranges {
         runs: grains.runs_between(ALL),
         order: GRAIN,
@@ -203,7 +164,7 @@ fn frames_of(grains: &Tree<Early>) -> Ranges<'_> {
 
 /// Returns the frames of a set of frames that are in `frames`, which are not empty.
 #[link_section = ".init.text"]
-fn runs_in(set: &Tree<Early>, frames: Frames) -> Ranges<'_> {
+fn runs_in(set: &Set, frames: Frames) -> Ranges<'_> {
     let last = Key::of_frame(frames.end().wrapping_sub(1));
     Ranges {
         runs: set.runs_between((Key::of_frame(frames.start()), last)),
@@ -237,11 +198,11 @@ impl Takeover {
             census: Census::default(),
             node_count: 0,
             ranges: 0,
-            nodes: Tree::new(Early)?,
-            held: Tree::new(Early)?,
-            ready: Tree::new(Early)?,
-            raw: Tree::new(Early)?,
-            mixed: Tree::new(Early)?,
+            nodes: new_set()?,
+            held: new_set()?,
+            ready: new_set()?,
+            raw: new_set()?,
+            mixed: new_set()?,
         };
         match takeover.chart(fdt) {
             Ok(()) => Ok(takeover),
@@ -603,7 +564,7 @@ fn finish() {
 /// Gives back what may be in use from the moment on that there is a page allocator.
 #[link_section = ".init.text"]
 pub(crate) fn init_free() {
-    HANDED_ON.store(true, Ordering::Relaxed);
+    kho_sys::set_buddy_is_up();
     let Some(takeover) = pending() else { return };
     for frames in frames_of(&takeover.ready) {
         takeover.free_gaps(frames);
