@@ -18,6 +18,7 @@
 #include <linux/padata.h>
 #include <linux/page-isolation.h>
 #include <linux/pgalloc_tag.h>
+#include <linux/vmstat.h>
 #include <linux/workqueue.h>
 
 #include "../../../mm/page_alloc.h"
@@ -82,11 +83,6 @@ int kho_glue_pfn_to_nid(unsigned long pfn)
 int __init kho_glue_early_pfn_to_nid(unsigned long pfn)
 {
 	return early_pfn_to_nid(pfn);
-}
-
-unsigned long *kho_glue_page_private(struct page *page)
-{
-	return &page->private;
 }
 
 /* The code tags are cleared because the pages were allocated by nobody here. */
@@ -164,6 +160,13 @@ void __init kho_glue_free_block(unsigned long pfn, unsigned int order)
 		return;
 	clear_page_tag_ref(page);
 	__free_pages_core(page, order, MEMINIT_EARLY);
+}
+
+/* Scratch does not count: only movable memory may lie there. */
+unsigned long __init kho_glue_nr_free(void)
+{
+	return global_zone_page_state(NR_FREE_PAGES) -
+	       global_zone_page_state(NR_FREE_CMA_PAGES);
 }
 
 void __init kho_glue_add_totalram(unsigned long nr_pages)

@@ -465,29 +465,36 @@ impl Machine for Memblock {
 
     #[link_section = ".init.text"]
     fn room(&self, pfn: u64) -> Option<Frames> {
-        let at = pfn.checked_mul(1 << PAGE_SHIFT)?;
-        let region = after(memory(), at).first()?;
-        if region.base > at || !is_mapped(region) {
-            return None;
+        first_room(pfn).filter(|room| room.start() == pfn)
+    }
+}
+
+/// Returns the first frames from `pfn` on that are RAM outside scratch, as many as follow each
+/// other in one region of memory.
+#[link_section = ".init.text"]
+fn first_room(pfn: u64) -> Option<Frames> {
+    let from = pfn.checked_mul(1 << PAGE_SHIFT)?;
+    for region in after(memory(), from) {
+        let (mut start, mut end) = (
+            region.base.max(from),
+            region.base.saturating_add(region.size),
+        );
+        if !is_mapped(region) {
+            continue;
         }
-        let (mut start, mut end) = (region.base, region.base.saturating_add(region.size));
-        for area in kho_sys::scratch() {
-            let area_end = area.addr.saturating_add(area.size);
-            // C hands over empty areas.
-            if area.size == 0 {
-                continue;
-            }
-            if area_end <= at {
-                start = start.max(area_end);
-            } else if area.addr > at {
+        while let Some(area) = kho_sys::next_scratch(start) {
+            if area.addr > start {
                 end = end.min(area.addr);
-            } else {
-                return None;
+                break;
             }
+            start = area.addr.saturating_add(area.size);
         }
         let room = inside(start, end);
-        (room.start()..room.end()).contains(&pfn).then_some(room)
+        if room.count() > 0 {
+            return Some(room);
+        }
     }
+    None
 }
 
 /// Returns whether all of `frames` is RAM of one node that nobody has reserved, outside scratch.
@@ -511,15 +518,16 @@ pub(crate) fn is_reserved(frames: Frames) -> bool {
 /// as many as follow each other on one node.
 #[link_section = ".init.text"]
 pub(crate) fn first_free(frames: Frames) -> Option<Frames> {
-    let mut at = frames.start();
-    while at < frames.end() {
-        let rest = frames.tail(at.wrapping_sub(frames.start()));
-        let room = Memblock.room(at).unwrap_or(Frames::EMPTY).both(rest);
+    let mut rest = frames;
+    while let Some(room) = first_room(rest.start()).map(|room| room.both(frames)) {
+        if room.count() == 0 {
+            break;
+        }
         let free = unreserved(room);
         if free.count() > 0 {
             return Some(free);
         }
-        at = at.wrapping_add(room.count().max(1));
+        rest = rest.tail(room.end().wrapping_sub(rest.start()));
     }
     None
 }
@@ -544,12 +552,12 @@ fn unreserved(frames: Frames) -> Frames {
     inside(at, end)
 }
 
-/// Returns how many frames outside scratch nobody has reserved.
+/// Returns how many frames outside scratch from `pfn` on nobody has reserved.
 #[link_section = ".init.text"]
-pub(crate) fn free_frames() -> u64 {
+pub(crate) fn free_frames(pfn: u64) -> u64 {
     let mut count = 0u64;
     for memory in memory_frames() {
-        let mut rest = memory;
+        let mut rest = memory.tail(pfn.saturating_sub(memory.start()));
         while let Some(free) = first_free(rest) {
             count = count.wrapping_add(free.count());
             rest = rest.tail(free.end().wrapping_sub(rest.start()));

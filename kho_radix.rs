@@ -142,10 +142,34 @@ impl Node {
             let word = self.word(at / WORD_BITS);
             let old = word.load();
             word.store(old | mask);
-            again = again.wrapping_add((old & mask).count_ones().into());
+            if old & mask != 0 {
+                again = again.wrapping_add((old & mask).count_ones().into());
+            }
             at = at.wrapping_add(bits);
         }
         again
+    }
+
+    /// Returns the words that have the keys from `first` to `last`, which are in this leaf: each as
+    /// the key of its first bit, and without the bits of other keys.
+    #[inline]
+    pub(crate) fn words_between(
+        &self,
+        first: Key,
+        last: Key,
+    ) -> impl Iterator<Item = (u64, u64)> + '_ {
+        let (first, last) = (first.get(), last.get());
+        (first / WORD_BITS..=last / WORD_BITS).map(move |index| {
+            let key = index.wrapping_mul(WORD_BITS);
+            let mut word = self.word(index).load();
+            if key < first {
+                word &= u64::MAX.wrapping_shl(first as u32);
+            }
+            if last.wrapping_sub(key) < WORD_BITS {
+                word &= u64::MAX.wrapping_shr(!(last as u32));
+            }
+            (key, word)
+        })
     }
 
     /// Returns the runs of set bits, in ascending order, each as its first bit and how many.
@@ -453,7 +477,13 @@ impl<M: NodeMem> Tree<M> {
         loop {
             let shift = level_shift(level);
             let start = key.wrapping_shr(shift) & (WORDS - 1);
-            let found = (start..WORDS)
+            // Where this table reaches beyond `last`, the rest of it need not be looked at.
+            let above = level_shift(level.wrapping_add(1));
+            let end = match last.get().wrapping_shr(above) == key.wrapping_shr(above) {
+                true => (last.get().wrapping_shr(shift) & (WORDS - 1)).wrapping_add(1),
+                false => WORDS,
+            };
+            let found = (start..end)
                 .find_map(|i| NodeAddr::new(node.word(i).follow()).map(|addr| (i, addr)));
             if let Some((index, addr)) = found {
                 if index != start {

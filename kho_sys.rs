@@ -275,10 +275,26 @@ impl Page {
         self.0.as_ptr()
     }
 
+    /// Returns the struct page `count` frames on.
+    ///
+    /// # Safety
+    ///
+    /// Both frames must be in one block of the page allocator's largest order, and the other one
+    /// must be RAM as well if anything is done with it.
+    #[inline]
+    pub(crate) unsafe fn nth(self, count: usize) -> Self {
+        // SAFETY: Struct pages of such a block are adjacent.
+        Self(unsafe { self.0.add(count) })
+    }
+
+    #[inline]
     fn private(&self) -> &AtomicUsize {
         // SAFETY: By the type invariant there is a struct page, and `private` is a word in it,
         // aligned as one. Nobody else uses that of preserved memory.
-        unsafe { AtomicUsize::from_ptr(bindings::kho_glue_page_private(self.as_ptr())) }
+        unsafe {
+            let private = self.0.as_ptr().byte_add(bindings::KHO_PAGE_PRIVATE);
+            AtomicUsize::from_ptr(private.cast())
+        }
     }
 
     /// Returns the order of the block that starts here, if it carries `mark`.
@@ -351,6 +367,16 @@ pub(crate) fn scratch() -> &'static [bindings::kho_scratch] {
         }
         core::slice::from_raw_parts(bindings::kho_scratch, bindings::kho_scratch_cnt as usize)
     }
+}
+
+/// Returns the scratch area around `phys`, or the next one after that.
+#[link_section = ".init.text"]
+pub(crate) fn next_scratch(phys: u64) -> Option<&'static bindings::kho_scratch> {
+    // C hands over empty areas.
+    let areas = scratch().iter().filter(|area| area.size > 0);
+    areas
+        .filter(|area| area.addr.saturating_add(area.size) > phys)
+        .min_by_key(|area| area.addr)
 }
 
 /// Returns whether any of the `size` bytes at `phys` is in a scratch area.

@@ -95,8 +95,8 @@ pub(crate) trait Machine {
     /// Returns the number of the frame after the last one of RAM.
     fn ram_end(&self) -> u64;
 
-    /// Returns the frames around `pfn` that are RAM outside scratch, as many as touch each other;
-    /// [`None`] if that frame is not.
+    /// Returns the frames from `pfn` on that are RAM outside scratch, as many as are known to follow
+    /// each other; [`None`] if the first one is not.
     fn room(&self, pfn: u64) -> Option<Frames>;
 }
 
@@ -280,30 +280,40 @@ impl<S: NodeMem> Chart<'_, S> {
         Ok(())
     }
 
-    /// Charts the leaf of single pages from frame `first` on.
+    /// Charts a leaf of blocks that are no larger than a word of the chart. Its first bit is the
+    /// block at frame `first`.
     #[link_section = ".init.text"]
-    fn pages(&mut self, first: u64, leaf: &Node) -> Result<(), Refusal> {
+    fn small(&mut self, first: u64, order: Order, leaf: &Node) -> Result<(), Refusal> {
         let held = self.held;
-        let mut to: Option<&Node> = None;
+        let mut chart: Option<(u64, &Node)> = None;
         for index in 0..WORDS {
-            let word = leaf.word(index).load();
-            if word == 0 {
-                continue;
+            let mut blocks = leaf.word(index).load();
+            // A word of blocks is as many words of the chart as a block has pages.
+            let bit = index.wrapping_mul(WORD_BITS);
+            let mut pfn = first.wrapping_add(bit.wrapping_shl(order.get()));
+            while blocks != 0 {
+                let (word, count) = widen(blocks, order);
+                if word != 0 {
+                    let (start, end) = (self.room.start(), self.room.end());
+                    if pfn < start || pfn.wrapping_add(WORD_BITS) > end {
+                        self.check(pfn, word)?;
+                    }
+                    let number = pfn / LEAF_SIZE;
+                    let to = match chart {
+                        Some((last, to)) if last == number => to,
+                        _ => held.leaf(Key::of_frame(pfn))?,
+                    };
+                    chart = Some((number, to));
+                    let to = to.word(pfn / WORD_BITS);
+                    let old = to.load();
+                    to.store(old | word);
+                    let again = (old & word).count_ones();
+                    let frames = count.wrapping_shl(order.get());
+                    self.count(order, count, frames, again.into(), pfn);
+                }
+                pfn = pfn.wrapping_add(WORD_BITS);
+                blocks = blocks.checked_shr(u64::BITS >> order.get()).unwrap_or(0);
             }
-            let pfn = first.wrapping_add(index.wrapping_mul(WORD_BITS));
-            let (start, end) = (self.room.start(), self.room.end());
-            if pfn < start || pfn.wrapping_add(WORD_BITS) > end {
-                self.check(pfn, word)?;
-            }
-            let chart = match to {
-                Some(chart) => chart,
-                None => held.leaf(Key::of_frame(pfn))?,
-            };
-            to = Some(chart);
-            let old = chart.word(index).load();
-            chart.word(index).store(old | word);
-            let (pages, again) = (u64::from(word.count_ones()), old & word);
-            self.count(Order::ZERO, pages, pages, again.count_ones().into(), pfn);
         }
         Ok(())
     }
@@ -328,12 +338,12 @@ impl<S: NodeMem> Chart<'_, S> {
 
     #[link_section = ".init.text"]
     fn chart(&mut self, first: u64, leaf: &Node) -> Result<(), Refusal> {
-        let (pages, _) = Key::bounds(Order::ZERO);
-        if first >= pages.get() {
-            return self.pages(first ^ pages.get(), leaf);
-        }
         // The largest orders share a leaf.
         let shared = first >> LEAF_BITS == 0;
+        let block = Key::new(first).and_then(Key::block).filter(|_| !shared);
+        if let Some(block) = block.filter(|block| block.order() <= WORD_ORDER) {
+            return self.small(block.pfn().get(), block.order(), leaf);
+        }
         for (bit, count) in leaf.runs() {
             let (step, times) = if shared { (1, count) } else { (count, 1) };
             for i in 0..times {
@@ -362,6 +372,32 @@ impl<S: NodeMem> Visitor for Chart<'_, S> {
         self.refusal = self.chart(first, leaf).err();
         self.refusal.is_none()
     }
+}
+
+/// The order of the largest blocks that do not exceed a word of the chart.
+const WORD_ORDER: Order = match Order::new(WORD_BITS.ilog2()) {
+    Some(order) => order,
+    None => Order::ZERO,
+};
+
+/// Returns the word of the chart for the lowest bits of `blocks`, each a block of `order`, and how
+/// many blocks that are.
+#[inline]
+fn widen(blocks: u64, order: Order) -> (u64, u64) {
+    if order == Order::ZERO {
+        return (blocks, blocks.count_ones().into());
+    }
+    // OVERFLOW: The order is at most `WORD_ORDER`.
+    let width = 1u32.wrapping_shl(order.get());
+    let mut rest = blocks & u64::MAX.wrapping_shr(u64::BITS.wrapping_sub(u64::BITS / width));
+    let block = u64::MAX.wrapping_shr(u64::BITS.wrapping_sub(width));
+    let (mut word, mut count) = (0u64, 0u64);
+    while rest != 0 {
+        word |= block.wrapping_shl(rest.trailing_zeros().wrapping_shl(order.get()));
+        count = count.wrapping_add(1);
+        rest &= rest.wrapping_sub(1);
+    }
+    (word, count)
 }
 
 /// Adds the numbers of `frames` to `set`; returns how many were in it before.
@@ -399,7 +435,9 @@ pub(crate) fn grains<S: NodeMem>(
             let pfn = first.wrapping_add(index.wrapping_mul(WORD_BITS));
             // A range starts at each bit whose neighbour below is clear.
             let below = word.wrapping_shl(1) | u64::from(end == pfn);
-            ranges = ranges.wrapping_add((word & !below).count_ones().into());
+            if word & !below != 0 {
+                ranges = ranges.wrapping_add((word & !below).count_ones().into());
+            }
             end = pfn.wrapping_add(WORD_BITS.wrapping_sub(word.leading_zeros().into()));
             let number = pfn.wrapping_shr(grain.get());
             if last != Some(number) {
@@ -438,11 +476,16 @@ pub(crate) fn coarsen<S: NodeMem>(grains: &Tree<S>, limit: usize) -> Result<(), 
 /// What is not in a set, in some range of frames: as aligned blocks, ascending.
 pub(crate) struct Gaps<'a, S> {
     held: &'a Tree<S>,
-    rest: Frames,
     /// No block is larger.
     most: Order,
     /// The gap that is being cut into blocks.
     gap: Frames,
+    /// What is left of the range after the word that was read last.
+    rest: Frames,
+    /// The leaf for that, if there is one; it is looked up at the start of each.
+    leaf: Option<&'a Node>,
+    /// The first frame of that word, and which of its bits are gaps that have not been met.
+    word: (u64, u64),
 }
 
 impl<'a, S: NodeMem> Gaps<'a, S> {
@@ -451,33 +494,60 @@ impl<'a, S: NodeMem> Gaps<'a, S> {
     pub(crate) fn new(held: &'a Tree<S>, frames: Frames, most: Order) -> Self {
         Self {
             held,
-            rest: frames,
             most,
             gap: Frames::EMPTY,
+            rest: frames,
+            leaf: held.find_leaf(Key::of_frame(frames.start())),
+            word: (0, 0),
         }
+    }
+
+    /// Reads the next word; returns whether there is one.
+    #[link_section = ".init.text"]
+    fn read(&mut self) -> bool {
+        let part = self.rest.head_to(WORD_BITS);
+        if part.count() == 0 {
+            return false;
+        }
+        if part.start() % LEAF_SIZE == 0 {
+            self.leaf = self.held.find_leaf(Key::of_frame(part.start()));
+        }
+        let held = self.leaf.map_or(0, |leaf| leaf.word(part.start() / WORD_BITS).load());
+        // OVERFLOW: There are from 1 to 64 frames, which end with their word at the latest.
+        let bits = u64::MAX.wrapping_shr(WORD_BITS.wrapping_sub(part.count()) as u32);
+        let bits = bits.wrapping_shl(part.start() as u32);
+        self.word = (part.start() & !(WORD_BITS - 1), !held & bits);
+        self.rest = self.rest.tail(part.count());
+        true
     }
 
     /// Finds the next gap; returns whether there is one.
     #[link_section = ".init.text"]
     fn find(&mut self) -> bool {
-        while self.rest.count() > 0 {
-            let part = self.rest.head_to(LEAF_SIZE);
-            let bit = part.start() % LEAF_SIZE;
-            let run = match self.held.find_leaf(Key::of_frame(part.start())) {
-                None => Some((bit, LEAF_SIZE)),
-                Some(leaf) => leaf.clear_run(bit),
-            };
-            if let Some((first, count)) = run {
-                let gap = part.tail(first.wrapping_sub(bit)).head(count);
-                if gap.count() > 0 {
-                    self.rest = self.rest.tail(gap.end().wrapping_sub(self.rest.start()));
-                    self.gap = gap;
-                    return true;
-                }
+        while self.word.1 == 0 {
+            if !self.read() {
+                return false;
             }
-            self.rest = self.rest.tail(part.count());
         }
-        false
+        let (pfn, bits) = self.word;
+        let first = bits.trailing_zeros();
+        let count = bits.wrapping_shr(first).trailing_ones();
+        self.word.1 = bits & bits.wrapping_add(1u64.wrapping_shl(first));
+        let start = pfn.wrapping_add(first.into());
+        let mut end = start.wrapping_add(count.into());
+        // A gap that reaches the end of its word may go on in the next one.
+        while end % WORD_BITS == 0 && self.rest.start() == end && self.read() {
+            let more = self.word.1.trailing_ones();
+            if more == 0 {
+                break;
+            }
+            end = end.wrapping_add(more.into());
+            self.word.1 &= self.word.1.wrapping_add(1);
+        }
+        let count = end.wrapping_sub(start);
+        let gap = Pfn::new(start).and_then(|start| Frames::new(start, count));
+        self.gap = gap.unwrap_or(Frames::EMPTY);
+        true
     }
 }
 

@@ -28,10 +28,11 @@
 //! - *Others' memory.* A grain of which anything is reserved already, is no RAM, is scratch, or
 //!   belongs to two nodes is a *mixed* one. It is dealt with page by page, at once: what is not
 //!   ours counts as held, and all struct pages are initialised.
-//! - *Having memory until then.* Grains whose struct pages are not deferred are given back right
-//!   after `memblock_free_all()`; so are others, if little else is free.
-//! - *Restoring until then.* Who restores a block before `page_alloc_init_late()` gets its grain
-//!   initialised first, see [`settle`].
+//! - *Having memory until then.* What is needed is given back right after `memblock_free_all()`:
+//!   everything if struct pages are not deferred, else if little else is free, see
+//!   [`Takeover::open_some`].
+//! - *Restoring until then.* Who restores a block before `page_alloc_init_late()` has its grain
+//!   opened first, see [`settle`].
 //!
 //! The tree that was handed over is read until then, so its nodes are held, too. They are freed in
 //! the end. On architectures that keep memblock's arrays the regions stay in there, as those of
@@ -50,6 +51,7 @@ use super::kho_memblock::{
 use super::kho_radix::{
     NoMemory,
     NodeAddr,
+    Removal,
     Runs,
     Tree, //
 };
@@ -91,9 +93,12 @@ const _: () = assert!(GRAIN.get() > 0);
 /// some 30 million instructions.
 const MOST_REGIONS: usize = 1024;
 
-/// Memory that must be free once memblock has gone, without counting on what is given back late,
-/// in frames. Deferred initialisation counts on a section, 128 MiB, as well.
+/// Frames that must be free once memblock has gone, without counting on what is given back late:
+/// 128 MiB, as much as deferred initialisation counts on ...
 const FLOOR: u64 = (128 << 20) >> PAGE_SHIFT;
+
+/// ... and how many of them right away, before more struct pages are initialised: 8 MiB.
+const FLOOR_NOW: u64 = (8 << 20) >> PAGE_SHIFT;
 
 /// A set of numbers, of frames or grains.
 type Set = Tree<Direct>;
@@ -118,11 +123,12 @@ pub(crate) struct Takeover {
     nodes: Set,
     /// Frames of grains that are not given back: preserved, nodes, or others'.
     held: Set,
-    /// Grains whose struct pages are initialised, and which are free but for what is held.
+    /// Grains that are all ours and not open yet, and whose struct pages are initialised.
     ready: Set,
-    /// The same, but their struct pages are not initialised yet.
+    /// The same, but their struct pages are not initialised.
     raw: Set,
-    /// Grains that are not only ours.
+    /// Grains that are not only ours, and not open yet. Their struct pages are initialised, and
+    /// their blocks can be restored.
     mixed: Set,
 }
 
@@ -248,8 +254,7 @@ impl Takeover {
         }
     }
 
-    /// Reserves everything that is held, and makes it restorable where struct pages are there
-    /// already; or leaves memory as it was.
+    /// Reserves everything that is held, or leaves memory as it was.
     #[link_section = ".init.text"]
     pub(crate) fn take(self) -> Result<&'static Self, Refusal> {
         let mut reached = 0u64;
@@ -264,10 +269,9 @@ impl Takeover {
             self.forget();
             return Err(refusal);
         }
-        self.keep_floor();
-        for set in [&self.ready, &self.mixed] {
-            for frames in frames_of(set) {
-                self.adopt(frames);
+        for frames in frames_of(&self.mixed) {
+            for number in frames.start() >> GRAIN.get()..frames.end() >> GRAIN.get() {
+                self.adopt(grain_frames(number));
             }
         }
         // SAFETY: Early boot; nobody looks at it before the next line.
@@ -340,79 +344,45 @@ impl Takeover {
         Ok(())
     }
 
-    /// Makes sure that there is some free memory in time: initialises struct pages and has their
-    /// grains given back early where little else is free.
-    #[link_section = ".init.text"]
-    fn keep_floor(&self) {
-        let mut free = kho_memblock::free_frames();
-        for frames in frames_of(&self.ready) {
-            if free >= FLOOR {
-                return;
-            }
-            free = free.saturating_add(self.gap_frames(frames));
-        }
-        for run in self.raw.runs_between(ALL) {
-            for i in 0..run.count {
-                if free >= FLOOR {
-                    return;
-                }
-                let key = Key::of_frame(run.first.get().wrapping_add(i));
-                let grain = grain_frames(key.get());
-                // The set has had this grain: no memory is needed.
-                if self.ready.add(key).is_ok() {
-                    self.raw.remove(key);
-                    init_grain(grain);
-                    free = free.saturating_add(self.gap_frames(grain));
-                }
-            }
-        }
-    }
-
-    /// Returns how many frames of `frames` are not held.
-    #[link_section = ".init.text"]
-    fn gap_frames(&self, frames: Frames) -> u64 {
-        let mut count = 0u64;
-        for block in Gaps::new(&self.held, frames, GRAIN) {
-            count = count.wrapping_add(block.order().pages());
-        }
-        count
-    }
-
-    /// Makes the blocks that start in `frames` restorable.
+    /// Makes the blocks that start in a grain restorable.
     ///
     /// Memory that several blocks claim goes to the largest of them: the others are not marked, so
     /// that no frame can be restored twice.
     #[link_section = ".init.text"]
-    fn adopt(&self, frames: Frames) {
+    fn adopt(&self, grain: Frames) {
+        // SAFETY: Nothing is done with it but where blocks were charted, which are RAM.
+        let Some(page) = (unsafe { Page::of(grain.start()) }) else {
+            return;
+        };
         for (order, _) in self.census.orders() {
-            let Some(bounds) = kho_takeover::keys(frames, order) else {
+            let Some((first, last)) = kho_takeover::keys(grain, order) else {
                 continue;
             };
-            for run in self.tree.runs_between(bounds) {
-                let Some(first) = run.first.block() else {
-                    continue;
-                };
-                let mut pfn = first.pfn().get();
-                for _ in 0..run.count {
-                    self.mark(pfn, order);
-                    pfn = pfn.wrapping_add(order.pages());
+            // A grain has no more blocks of an order than a leaf has bits, and both are aligned.
+            let Some(leaf) = self.tree.find_leaf(first) else {
+                continue;
+            };
+            for (key, word) in leaf.words_between(first, last) {
+                let mut rest = word;
+                while rest != 0 {
+                    let key = Key::new(key | u64::from(rest.trailing_zeros()));
+                    if let Some(block) = key.and_then(Key::block).filter(|it| self.is_whole(*it)) {
+                        let index = block.pfn().get().wrapping_sub(grain.start());
+                        // SAFETY: The struct pages of a grain are adjacent.
+                        unsafe { page.nth(index as usize) }.mark(Mark::Preserved, order);
+                    }
+                    rest &= rest.wrapping_sub(1);
                 }
             }
         }
     }
 
+    /// Returns whether no larger block claims the memory of `block`.
     #[link_section = ".init.text"]
-    fn mark(&self, pfn: u64, order: Order) {
-        if self.census.overlap.is_some() {
-            let block = Pfn::new(pfn).and_then(|pfn| Block::new(pfn, order));
-            if block.is_some_and(|it| kho_takeover::is_claimed(&self.tree, &self.census, it)) {
-                return;
-            }
-        }
-        // SAFETY: It is RAM: the block was charted.
-        if let Some(page) = unsafe { Page::of(pfn) } {
-            page.mark(Mark::Preserved, order);
-        }
+    #[inline]
+    fn is_whole(&self, block: Block) -> bool {
+        self.census.overlap.is_none()
+            || !kho_takeover::is_claimed(&self.tree, &self.census, block)
     }
 
     /// Gives what is not held in `frames` to the page allocator.
@@ -426,12 +396,48 @@ impl Takeover {
         add_memory(count);
     }
 
-    /// Initialises a grain, makes its blocks restorable, and gives back the rest.
+    /// Makes sure that the struct pages of a grain are initialised, makes its blocks restorable, and
+    /// gives back the rest; unless that has been done, or it is a mixed one.
     #[link_section = ".init.text"]
-    fn open(&self, grain: Frames) {
-        init_grain(grain);
+    fn open(&self, number: u64) {
+        let (key, grain) = (Key::of_frame(number), grain_frames(number));
+        if self.raw.remove(key) != Removal::Absent {
+            init_grain(grain);
+        } else if self.ready.remove(key) == Removal::Absent {
+            return;
+        }
         self.adopt(grain);
         self.free_gaps(grain);
+    }
+
+    /// Opens grains from the lowest on until there is as much free memory as there must be, or all
+    /// are open.
+    #[link_section = ".init.text"]
+    fn open_some(&self) {
+        let deferred = kho_memblock::free_frames(first_deferred());
+        for set in [&self.ready, &self.raw] {
+            for frames in frames_of(set) {
+                for number in frames.start() >> GRAIN.get()..frames.end() >> GRAIN.get() {
+                    // SAFETY: There is a page allocator.
+                    let now = unsafe { bindings::kho_glue_nr_free() as u64 };
+                    let enough = now >= FLOOR_NOW && now.saturating_add(deferred) >= FLOOR;
+                    let all = cfg!(not(CONFIG_DEFERRED_STRUCT_PAGE_INIT));
+                    if enough && !all {
+                        return;
+                    }
+                    if all || self.has_gap(number) {
+                        self.open(number);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Returns whether anything would be given back of a grain.
+    #[link_section = ".init.text"]
+    fn has_gap(&self, number: u64) -> bool {
+        let mut gaps = Gaps::new(&self.held, grain_frames(number), GRAIN);
+        gaps.next().is_some()
     }
 
     /// Gives back the gaps of mixed grains: of those whose surroundings are there as well, or all.
@@ -519,8 +525,18 @@ fn init_grain(grain: Frames) {
         let words = first.cast::<[usize; WORDS]>().read();
         for i in 1..count {
             let page = first.add(i).cast::<usize>();
-            for (at, word) in words.iter().enumerate() {
-                page.add(at).write(*word);
+            if let Ok([a, b, c, d, e, f, g, h]) = <[usize; 8]>::try_from(words.as_slice()) {
+                // The usual size, spelled out: with -Os a loop takes four times as long.
+                page.write(a);
+                page.add(1).write(b);
+                page.add(2).write(c);
+                page.add(3).write(d);
+                page.add(4).write(e);
+                page.add(5).write(f);
+                page.add(6).write(g);
+                page.add(7).write(h);
+            } else {
+                page.cast::<[usize; WORDS]>().write(words);
             }
             let lru = page.add(LRU);
             lru.write(lru as usize);
@@ -566,10 +582,8 @@ fn finish() {
 pub(crate) fn init_free() {
     kho_sys::set_buddy_is_up();
     let Some(takeover) = pending() else { return };
-    for frames in frames_of(&takeover.ready) {
-        takeover.free_gaps(frames);
-    }
     takeover.open_mixed(false);
+    takeover.open_some();
     if cfg!(not(CONFIG_DEFERRED_STRUCT_PAGE_INIT)) {
         finish();
     }
@@ -584,7 +598,7 @@ pub(crate) fn init_late() {
             region.start().wrapping_add(GRAIN.pages().wrapping_sub(1)) >> GRAIN.get(),
             region.end() >> GRAIN.get(),
         );
-        if takeover.has_raw(numbers.0, numbers.1) {
+        if takeover.has_any(numbers.0, numbers.1) {
             // SAFETY: The grains of this region are in no other.
             unsafe {
                 bindings::kho_glue_in_parallel(
@@ -604,18 +618,19 @@ pub(crate) fn init_late() {
 const CHUNK: usize = 32;
 
 impl Takeover {
-    /// Returns whether there are raw grains from number `start` to before `end`.
+    /// Returns whether there are grains to be opened from number `start` to before `end`.
     #[link_section = ".init.text"]
-    fn has_raw(&self, start: u64, end: u64) -> bool {
-        start < end && {
-            let last = Key::of_frame(end.wrapping_sub(1));
-            let mut runs = self.raw.runs_between((Key::of_frame(start), last));
-            runs.next().is_some()
-        }
+    fn has_any(&self, start: u64, end: u64) -> bool {
+        let last = Key::of_frame(end.wrapping_sub(1));
+        let bounds = (Key::of_frame(start), last);
+        start < end
+            && [&self.ready, &self.raw]
+                .iter()
+                .any(|set| set.runs_between(bounds).next().is_some())
     }
 }
 
-/// Opens the raw grains from number `start` to before `end`.
+/// Opens the grains from number `start` to before `end`.
 ///
 /// # Safety
 ///
@@ -624,11 +639,9 @@ impl Takeover {
 unsafe extern "C" fn open_chunk(start: usize, end: usize, _arg: *mut c_void) {
     let Some(takeover) = pending() else { return };
     for number in start as u64..end as u64 {
-        if takeover.raw.contains(Key::of_frame(number)) {
-            takeover.open(grain_frames(number));
-            // SAFETY: A thread of its own.
-            unsafe { bindings::kho_glue_cond_resched() };
-        }
+        takeover.open(number);
+        // SAFETY: A thread of its own.
+        unsafe { bindings::kho_glue_cond_resched() };
     }
 }
 
@@ -651,10 +664,6 @@ pub(crate) fn settle(frames: Frames) {
 fn settle_now(frames: Frames) {
     let Some(takeover) = pending() else { return };
     for number in frames.start() >> GRAIN.get()..=frames.end().wrapping_sub(1) >> GRAIN.get() {
-        let key = Key::of_frame(number);
-        if takeover.raw.contains(key) {
-            takeover.open(grain_frames(number));
-            takeover.raw.remove(key);
-        }
+        takeover.open(number);
     }
 }
