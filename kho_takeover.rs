@@ -387,8 +387,9 @@ pub(crate) fn grains<S: NodeMem>(
     grains: &Tree<S>,
 ) -> Result<u64, NoMemory> {
     let mut ranges = 0u64;
-    // The frame after the last one that was met, and the grain that was added last.
-    let (mut end, mut last) = (0u64, None);
+    // The frame after the last one that was met, which is not frame 0, and the grain that was
+    // added last.
+    let (mut end, mut last) = (u64::MAX, None);
     let mut from = Key::MIN;
     while let Some((first, leaf)) = held.next_leaf(from, Key::MAX) {
         for index in 0..WORDS {
