@@ -230,6 +230,7 @@ pub(crate) fn chart<M: NodeMem, S: NodeMem>(
     held: &Tree<S>,
 ) -> Result<Census, Refusal> {
     let mut chart = Chart {
+        tree,
         machine,
         held,
         room: Frames::EMPTY,
@@ -243,7 +244,8 @@ pub(crate) fn chart<M: NodeMem, S: NodeMem>(
     }
 }
 
-struct Chart<'a, S> {
+struct Chart<'a, M, S> {
+    tree: &'a Tree<M>,
     machine: &'a dyn Machine,
     held: &'a Tree<S>,
     room: Frames,
@@ -251,19 +253,29 @@ struct Chart<'a, S> {
     refusal: Option<Refusal>,
 }
 
-impl<S: NodeMem> Chart<'_, S> {
-    /// Notes that `count` more blocks of `order` have been seen, with `frames` frames, of which
-    /// `again` had been met before; the first of those is not before `first`.
+impl<M: NodeMem, S: NodeMem> Chart<'_, M, S> {
+    /// Notes that `count` more blocks of `order` have been seen, and in them `frames` frames that
+    /// had not been met before.
     #[link_section = ".init.text"]
-    fn count(&mut self, order: Order, count: u64, frames: u64, again: u64, first: u64) {
+    fn count(&mut self, order: Order, count: u64, frames: u64) {
         if let Some(blocks) = self.census.blocks.get_mut(order.get() as usize) {
             *blocks = blocks.wrapping_add(count);
         }
-        let new = frames.wrapping_sub(again);
-        self.census.frames = self.census.frames.wrapping_add(new);
-        if again > 0 {
-            self.census.overlap.get_or_insert(first);
+        self.census.frames = self.census.frames.wrapping_add(frames);
+    }
+
+    /// Returns where the first block of `run` starts that lies in a larger one. Those have all
+    /// been seen: keys of larger blocks come first.
+    #[link_section = ".init.text"]
+    #[inline(never)]
+    fn first_claimed(&self, run: Run) -> Option<u64> {
+        for i in 0..run.count {
+            let block = Key::new(run.first.get().wrapping_add(i))?.block()?;
+            if is_claimed(self.tree, &self.census, block) {
+                return Some(block.pfn().get());
+            }
         }
+        None
     }
 
     /// Charts a run of blocks of one order.
@@ -276,7 +288,11 @@ impl<S: NodeMem> Chart<'_, S> {
             return Err(Refusal::Range(frames));
         }
         let again = fill(self.held, frames)?;
-        self.count(block.order(), run.count, frames.count(), again, frames.start());
+        if again > 0 && self.census.overlap.is_none() {
+            self.census.overlap = self.first_claimed(run);
+        }
+        let new = frames.count().wrapping_sub(again);
+        self.count(block.order(), run.count, new);
         Ok(())
     }
 
@@ -302,8 +318,17 @@ impl<S: NodeMem> Chart<'_, S> {
             to = Some(chart);
             let old = chart.word(index).load();
             chart.word(index).store(old | word);
-            let (pages, again) = (u64::from(word.count_ones()), old & word);
-            self.count(Order::ZERO, pages, pages, again.count_ones().into(), pfn);
+            let again = old & word;
+            if again != 0 {
+                let first = pfn.wrapping_add(again.trailing_zeros().into());
+                self.census.overlap.get_or_insert(first);
+            }
+            let new = word & !old;
+            self.count(
+                Order::ZERO,
+                word.count_ones().into(),
+                new.count_ones().into(),
+            );
         }
         Ok(())
     }
@@ -351,7 +376,7 @@ impl<S: NodeMem> Chart<'_, S> {
     }
 }
 
-impl<S: NodeMem> Visitor for Chart<'_, S> {
+impl<M: NodeMem, S: NodeMem> Visitor for Chart<'_, M, S> {
     #[link_section = ".init.text"]
     fn node(&mut self, _addr: NodeAddr, _first: u64, _last: u64) -> bool {
         true
