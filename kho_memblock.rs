@@ -497,13 +497,6 @@ fn first_room(pfn: u64) -> Option<Frames> {
     None
 }
 
-/// Returns whether all of `frames` is RAM of one node that nobody has reserved, outside scratch.
-#[link_section = ".init.text"]
-pub(crate) fn is_free(frames: Frames) -> bool {
-    let room = Memblock.room(frames.start()).unwrap_or(Frames::EMPTY);
-    frames.end() <= room.end() && !is_reserved(frames)
-}
-
 /// Returns whether any of `frames` is reserved.
 #[link_section = ".init.text"]
 pub(crate) fn is_reserved(frames: Frames) -> bool {

@@ -115,20 +115,6 @@ impl Node {
         Some((first, count))
     }
 
-    /// Returns the first run of clear bits at or after bit `from`: its first bit, and how many.
-    #[link_section = ".init.text"]
-    pub(crate) fn clear_run(&self, from: u64) -> Option<(u64, u64)> {
-        let mut start = from;
-        while let Some((first, count)) = self.run_from(start) {
-            if first > start {
-                return Some((start, first.wrapping_sub(start)));
-            }
-            start = first.wrapping_add(count);
-        }
-        let count = LEAF_SIZE.checked_sub(start).filter(|count| *count > 0)?;
-        Some((start, count))
-    }
-
     /// Sets `count` bits from bit `from` on, while nobody else uses the node; returns how many
     /// were set before.
     #[link_section = ".init.text"]
@@ -139,13 +125,21 @@ impl Node {
             let bits = (WORD_BITS - at % WORD_BITS).min(end.wrapping_sub(at));
             let mask = u64::MAX.wrapping_shr(WORD_BITS.wrapping_sub(bits) as u32);
             let mask = mask.wrapping_shl(at as u32);
-            let word = self.word(at / WORD_BITS);
-            let old = word.load();
+            let mut word = self.word(at / WORD_BITS);
+            let mut old = word.load();
             word.store(old | mask);
-            if old & mask != 0 {
-                again = again.wrapping_add((old & mask).count_ones().into());
-            }
+            again = again.wrapping_add((old & mask).count_ones().into());
             at = at.wrapping_add(bits);
+            // Most of a large block is whole words that nobody has set.
+            while end.saturating_sub(at) >= WORD_BITS {
+                word = self.word(at / WORD_BITS);
+                old = word.load();
+                if old != 0 {
+                    break;
+                }
+                word.store(u64::MAX);
+                at = at.wrapping_add(WORD_BITS);
+            }
         }
         again
     }

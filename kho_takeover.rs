@@ -230,6 +230,7 @@ pub(crate) fn chart<M: NodeMem, S: NodeMem>(
     held: &Tree<S>,
 ) -> Result<Census, Refusal> {
     let mut chart = Chart {
+        tree,
         machine,
         held,
         room: Frames::EMPTY,
@@ -243,7 +244,8 @@ pub(crate) fn chart<M: NodeMem, S: NodeMem>(
     }
 }
 
-struct Chart<'a, S> {
+struct Chart<'a, M, S> {
+    tree: &'a Tree<M>,
     machine: &'a dyn Machine,
     held: &'a Tree<S>,
     room: Frames,
@@ -251,19 +253,29 @@ struct Chart<'a, S> {
     refusal: Option<Refusal>,
 }
 
-impl<S: NodeMem> Chart<'_, S> {
-    /// Notes that `count` more blocks of `order` have been seen, with `frames` frames, of which
-    /// `again` had been met before; the first of those is not before `first`.
+impl<M: NodeMem, S: NodeMem> Chart<'_, M, S> {
+    /// Notes that `count` more blocks of `order` have been seen, and in them `frames` frames that
+    /// had not been met before.
     #[link_section = ".init.text"]
-    fn count(&mut self, order: Order, count: u64, frames: u64, again: u64, first: u64) {
+    fn count(&mut self, order: Order, count: u64, frames: u64) {
         if let Some(blocks) = self.census.blocks.get_mut(order.get() as usize) {
             *blocks = blocks.wrapping_add(count);
         }
-        let new = frames.wrapping_sub(again);
-        self.census.frames = self.census.frames.wrapping_add(new);
-        if again > 0 {
-            self.census.overlap.get_or_insert(first);
+        self.census.frames = self.census.frames.wrapping_add(frames);
+    }
+
+    /// Returns where the first block of `run` starts that lies in a larger one. Those have all
+    /// been seen: keys of larger blocks come first.
+    #[link_section = ".init.text"]
+    #[inline(never)]
+    fn first_claimed(&self, run: Run) -> Option<u64> {
+        for i in 0..run.count {
+            let block = Key::new(run.first.get().wrapping_add(i))?.block()?;
+            if is_claimed(self.tree, &self.census, block) {
+                return Some(block.pfn().get());
+            }
         }
+        None
     }
 
     /// Charts a run of blocks of one order.
@@ -276,7 +288,11 @@ impl<S: NodeMem> Chart<'_, S> {
             return Err(Refusal::Range(frames));
         }
         let again = fill(self.held, frames)?;
-        self.count(block.order(), run.count, frames.count(), again, frames.start());
+        if again > 0 && self.census.overlap.is_none() {
+            self.census.overlap = self.first_claimed(run);
+        }
+        let new = frames.count().wrapping_sub(again);
+        self.count(block.order(), run.count, new);
         Ok(())
     }
 
@@ -307,9 +323,12 @@ impl<S: NodeMem> Chart<'_, S> {
                     let to = to.word(pfn / WORD_BITS);
                     let old = to.load();
                     to.store(old | word);
-                    let again = (old & word).count_ones();
-                    let frames = count.wrapping_shl(order.get());
-                    self.count(order, count, frames, again.into(), pfn);
+                    let again = old & word;
+                    if again != 0 {
+                        let first = pfn.wrapping_add(again.trailing_zeros().into());
+                        self.census.overlap.get_or_insert(first);
+                    }
+                    self.count(order, count, (word & !old).count_ones().into());
                 }
                 pfn = pfn.wrapping_add(WORD_BITS);
                 blocks = blocks.checked_shr(u64::BITS >> order.get()).unwrap_or(0);
@@ -361,7 +380,7 @@ impl<S: NodeMem> Chart<'_, S> {
     }
 }
 
-impl<S: NodeMem> Visitor for Chart<'_, S> {
+impl<M: NodeMem, S: NodeMem> Visitor for Chart<'_, M, S> {
     #[link_section = ".init.text"]
     fn node(&mut self, _addr: NodeAddr, _first: u64, _last: u64) -> bool {
         true
@@ -423,8 +442,9 @@ pub(crate) fn grains<S: NodeMem>(
     grains: &Tree<S>,
 ) -> Result<u64, NoMemory> {
     let mut ranges = 0u64;
-    // The frame after the last one that was met, and the grain that was added last.
-    let (mut end, mut last) = (0u64, None);
+    // The frame after the last one that was met, which is not frame 0, and the grain that was
+    // added last.
+    let (mut end, mut last) = (u64::MAX, None);
     let mut from = Key::MIN;
     while let Some((first, leaf)) = held.next_leaf(from, Key::MAX) {
         for index in 0..WORDS {
@@ -433,13 +453,15 @@ pub(crate) fn grains<S: NodeMem>(
                 continue;
             }
             let pfn = first.wrapping_add(index.wrapping_mul(WORD_BITS));
+            let number = pfn.wrapping_shr(grain.get());
+            if word == u64::MAX && end == pfn && last == Some(number) {
+                end = pfn.wrapping_add(WORD_BITS);
+                continue;
+            }
             // A range starts at each bit whose neighbour below is clear.
             let below = word.wrapping_shl(1) | u64::from(end == pfn);
-            if word & !below != 0 {
-                ranges = ranges.wrapping_add((word & !below).count_ones().into());
-            }
+            ranges = ranges.wrapping_add((word & !below).count_ones().into());
             end = pfn.wrapping_add(WORD_BITS.wrapping_sub(word.leading_zeros().into()));
-            let number = pfn.wrapping_shr(grain.get());
             if last != Some(number) {
                 last = Some(number);
                 grains.add(Key::of_frame(number))?;

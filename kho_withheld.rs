@@ -71,6 +71,7 @@ use super::kho_takeover::{
 use super::PAGE_SHIFT;
 use core::{
     mem::size_of,
+    ops::Range,
     sync::atomic::{
         AtomicBool,
         Ordering, //
@@ -123,9 +124,9 @@ pub(crate) struct Takeover {
     nodes: Set,
     /// Frames of grains that are not given back: preserved, nodes, or others'.
     held: Set,
-    /// Grains that are all ours and not open yet, and whose struct pages are initialised.
-    ready: Set,
-    /// The same, but their struct pages are not initialised.
+    /// Grains that are all ours and have not been opened.
+    closed: Set,
+    /// Those whose struct pages have to be initialised then.
     raw: Set,
     /// Grains that are not only ours, and not open yet. Their struct pages are initialised, and
     /// their blocks can be restored.
@@ -187,6 +188,28 @@ fn grain_frames(number: u64) -> Frames {
     frames.unwrap_or(Frames::EMPTY)
 }
 
+/// Returns the numbers of the grains that have any of `frames`.
+#[link_section = ".init.text"]
+fn grain_numbers(frames: Frames) -> Range<u64> {
+    frames.start() >> GRAIN.get()..grains_around(frames.end()) >> GRAIN.get()
+}
+
+/// Returns the end of the grain whose last frames lie before frame `end`.
+#[link_section = ".init.text"]
+fn grains_around(end: u64) -> u64 {
+    let mask = GRAIN.pages().wrapping_sub(1);
+    // OVERFLOW: Frame numbers are far from the end of numbers.
+    end.wrapping_add(mask) & !mask
+}
+
+/// Returns the frames of the grains that have no others.
+#[link_section = ".init.text"]
+fn grains_inside(frames: Frames) -> Frames {
+    let start = grains_around(frames.start());
+    let end = frames.end() & !GRAIN.pages().wrapping_sub(1);
+    frames.tail(start.wrapping_sub(frames.start())).head(end.saturating_sub(start))
+}
+
 /// Returns a single frame.
 #[link_section = ".init.text"]
 fn one_frame(pfn: u64) -> Frames {
@@ -206,7 +229,7 @@ impl Takeover {
             ranges: 0,
             nodes: new_set()?,
             held: new_set()?,
-            ready: new_set()?,
+            closed: new_set()?,
             raw: new_set()?,
             mixed: new_set()?,
         };
@@ -236,20 +259,26 @@ impl Takeover {
                 }
             }
         }
-        self.ranges = kho_takeover::grains(&self.held, GRAIN, &self.ready)?;
+        self.ranges = kho_takeover::grains(&self.held, GRAIN, &self.closed)?;
         Ok(())
     }
 
     /// Returns the memory that is held, in whole grains: runs of frames, ascending.
     #[link_section = ".init.text"]
     pub(crate) fn busy(&self) -> Ranges<'_> {
-        frames_of(&self.ready)
+        frames_of(&self.closed)
     }
 
     /// Forgets everything; what was reserved stays so.
     #[link_section = ".init.text"]
     fn forget(self) {
-        for set in [self.nodes, self.held, self.ready, self.raw, self.mixed] {
+        for set in [
+            self.nodes,
+            self.held,
+            self.closed,
+            self.raw,
+            self.mixed,
+        ] {
             set.destroy();
         }
     }
@@ -260,17 +289,15 @@ impl Takeover {
         let mut reached = 0u64;
         if let Err(refusal) = self.reserve(&mut reached) {
             // What is in mixed grains stays reserved: it cannot be told from what is others'.
-            for set in [&self.ready, &self.raw] {
-                for frames in frames_of(set) {
-                    let frames = frames.head(reached.saturating_sub(frames.start()));
-                    kho_memblock::release(frames);
-                }
+            for frames in frames_of(&self.closed) {
+                let frames = frames.head(reached.saturating_sub(frames.start()));
+                kho_memblock::release(frames);
             }
             self.forget();
             return Err(refusal);
         }
         for frames in frames_of(&self.mixed) {
-            for number in frames.start() >> GRAIN.get()..frames.end() >> GRAIN.get() {
+            for number in grain_numbers(frames) {
                 self.adopt(grain_frames(number));
             }
         }
@@ -284,39 +311,52 @@ impl Takeover {
     /// that went well.
     #[link_section = ".init.text"]
     fn reserve(&self, reached: &mut u64) -> Result<(), Refusal> {
-        kho_takeover::coarsen(&self.ready, MOST_REGIONS)?;
-        let mut region = Frames::EMPTY;
-        for run in self.ready.runs_between(ALL) {
-            for i in 0..run.count {
-                let key = Key::of_frame(run.first.get().wrapping_add(i));
-                let grain = grain_frames(key.get());
-                *reached = region.start();
-                if kho_memblock::is_free(grain) {
-                    if is_raw(grain) {
-                        self.raw.add(key)?;
-                        self.ready.remove(key);
-                    }
-                    if region.end() != grain.start() {
-                        kho_memblock::reserve(region)?;
-                        region = grain;
-                    }
-                    region = region.join(grain).unwrap_or(grain);
-                } else {
-                    self.ready.remove(key);
-                    self.mixed.add(key)?;
-                    kho_memblock::reserve(region)?;
-                    region = Frames::EMPTY;
-                    self.mix(grain)?;
+        kho_takeover::coarsen(&self.closed, MOST_REGIONS)?;
+        for frames in frames_of(&self.closed) {
+            let mut rest = frames;
+            while rest.count() > 0 {
+                *reached = rest.start();
+                let free = kho_memblock::first_free(rest).unwrap_or(rest.tail(rest.count()));
+                let whole = grains_inside(free);
+                let end = match whole.count() {
+                    0 => grains_around(free.end()).max(rest.start().wrapping_add(1)),
+                    _ => whole.start(),
+                };
+                for number in grain_numbers(rest.head(end.wrapping_sub(rest.start()))) {
+                    self.mix(number)?;
                 }
+                kho_memblock::reserve(whole)?;
+                self.note_raw(whole)?;
+                let done = whole.end().max(grains_around(end));
+                rest = rest.tail(done.wrapping_sub(rest.start()));
             }
         }
-        kho_memblock::reserve(region)
+        Ok(())
+    }
+
+    /// Notes which of some grains, which are on one node, have no struct pages yet.
+    #[link_section = ".init.text"]
+    fn note_raw(&self, grains: Frames) -> Result<(), NoMemory> {
+        if grains.count() > 0 {
+            // SAFETY: Early boot.
+            let from = unsafe { bindings::kho_glue_first_deferred(nid_of(grains.start())) };
+            let raw = grains.tail((from as u64).saturating_sub(grains.start()));
+            let first = Pfn::new(raw.start().wrapping_shr(GRAIN.get()));
+            let count = raw.count().wrapping_shr(GRAIN.get());
+            if let Some(numbers) = first.and_then(|first| Frames::new(first, count)) {
+                kho_takeover::fill(&self.raw, numbers)?;
+            }
+        }
+        Ok(())
     }
 
     /// Reserves what is free in a mixed grain and initialises its struct pages. All else that is
     /// not held becomes so: it is not ours to give back.
     #[link_section = ".init.text"]
-    fn mix(&self, grain: Frames) -> Result<(), Refusal> {
+    fn mix(&self, number: u64) -> Result<(), Refusal> {
+        let (key, grain) = (Key::of_frame(number), grain_frames(number));
+        self.closed.remove(key);
+        self.mixed.add(key)?;
         // Memory that was preserved may be reserved already, by a user who knows where it is.
         for frames in runs_in(&self.held, grain) {
             if kho_memblock::is_reserved(frames) {
@@ -401,10 +441,11 @@ impl Takeover {
     #[link_section = ".init.text"]
     fn open(&self, number: u64) {
         let (key, grain) = (Key::of_frame(number), grain_frames(number));
-        if self.raw.remove(key) != Removal::Absent {
-            init_grain(grain);
-        } else if self.ready.remove(key) == Removal::Absent {
+        if self.closed.remove(key) == Removal::Absent {
             return;
+        }
+        if self.raw.contains(key) {
+            init_grain(grain);
         }
         self.adopt(grain);
         self.free_gaps(grain);
@@ -415,19 +456,17 @@ impl Takeover {
     #[link_section = ".init.text"]
     fn open_some(&self) {
         let deferred = kho_memblock::free_frames(first_deferred());
-        for set in [&self.ready, &self.raw] {
-            for frames in frames_of(set) {
-                for number in frames.start() >> GRAIN.get()..frames.end() >> GRAIN.get() {
-                    // SAFETY: There is a page allocator.
-                    let now = unsafe { bindings::kho_glue_nr_free() as u64 };
-                    let enough = now >= FLOOR_NOW && now.saturating_add(deferred) >= FLOOR;
-                    let all = cfg!(not(CONFIG_DEFERRED_STRUCT_PAGE_INIT));
-                    if enough && !all {
-                        return;
-                    }
-                    if all || self.has_gap(number) {
-                        self.open(number);
-                    }
+        for frames in frames_of(&self.closed) {
+            for number in grain_numbers(frames) {
+                // SAFETY: There is a page allocator.
+                let now = unsafe { bindings::kho_glue_nr_free() as u64 };
+                let enough = now >= FLOOR_NOW && now.saturating_add(deferred) >= FLOOR;
+                let all = cfg!(not(CONFIG_DEFERRED_STRUCT_PAGE_INIT));
+                if enough && !all {
+                    return;
+                }
+                if all || self.has_gap(number) {
+                    self.open(number);
                 }
             }
         }
@@ -444,7 +483,7 @@ impl Takeover {
     #[link_section = ".init.text"]
     fn open_mixed(&self, all: bool) {
         for frames in frames_of(&self.mixed) {
-            for number in frames.start() >> GRAIN.get()..frames.end() >> GRAIN.get() {
+            for number in grain_numbers(frames) {
                 let grain = grain_frames(number);
                 if all || grain.end() <= first_deferred() {
                     self.mixed.remove(Key::of_frame(number));
@@ -467,13 +506,6 @@ impl Takeover {
         add_memory(count);
         self.forget();
     }
-}
-
-/// Returns whether the struct pages of a grain that is only ours are not initialised yet.
-#[link_section = ".init.text"]
-fn is_raw(grain: Frames) -> bool {
-    // SAFETY: Early boot.
-    grain.start() >= unsafe { bindings::kho_glue_first_deferred(nid_of(grain.start())) as u64 }
 }
 
 /// Returns the first frame of all nodes whose struct page is not initialised yet.
@@ -594,17 +626,14 @@ pub(crate) fn init_free() {
 pub(crate) fn init_late() {
     let Some(takeover) = pending() else { return };
     for region in kho_memblock::memory_frames() {
-        let numbers = (
-            region.start().wrapping_add(GRAIN.pages().wrapping_sub(1)) >> GRAIN.get(),
-            region.end() >> GRAIN.get(),
-        );
-        if takeover.has_any(numbers.0, numbers.1) {
+        let Range { start, end } = grain_numbers(grains_inside(region));
+        if takeover.has_any(start, end) {
             // SAFETY: The grains of this region are in no other.
             unsafe {
                 bindings::kho_glue_in_parallel(
                     Some(open_chunk),
-                    numbers.0 as usize,
-                    numbers.1 as usize,
+                    start as usize,
+                    end as usize,
                     CHUNK,
                 )
             };
@@ -623,10 +652,7 @@ impl Takeover {
     fn has_any(&self, start: u64, end: u64) -> bool {
         let last = Key::of_frame(end.wrapping_sub(1));
         let bounds = (Key::of_frame(start), last);
-        start < end
-            && [&self.ready, &self.raw]
-                .iter()
-                .any(|set| set.runs_between(bounds).next().is_some())
+        start < end && self.closed.runs_between(bounds).next().is_some()
     }
 }
 
@@ -663,7 +689,7 @@ pub(crate) fn settle(frames: Frames) {
 #[inline(never)]
 fn settle_now(frames: Frames) {
     let Some(takeover) = pending() else { return };
-    for number in frames.start() >> GRAIN.get()..=frames.end().wrapping_sub(1) >> GRAIN.get() {
+    for number in grain_numbers(frames) {
         takeover.open(number);
     }
 }

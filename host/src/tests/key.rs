@@ -135,6 +135,18 @@ fn keys_to_blocks_and_back() {
     }
 }
 
+/// In a set of frames the number is the key; one that no frame has becomes one that some frame
+/// has.
+#[test]
+fn numbers_of_frames() {
+    for pfn in pfns() {
+        assert_eq!(Key::of_frame(pfn), key(pfn));
+        assert_eq!(Key::of_frame(pfn | abi::PFN_END), key(pfn));
+    }
+    assert_eq!(Key::of_frame(abi::PFN_END), key(0));
+    assert_eq!(Key::of_frame(u64::MAX), key(abi::PFN_END - 1));
+}
+
 #[test]
 fn orders_share_no_key() {
     let mut next = 1;

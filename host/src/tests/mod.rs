@@ -6,7 +6,9 @@
 //! That second implementation ([`abi`]) works on plain arrays of numbers, as the handover format
 //! is described; it shares no code and no constant with the core.
 
+mod chart;
 mod fdt;
+mod grains;
 mod key;
 mod param;
 mod race;
@@ -95,13 +97,16 @@ mod abi {
         nodes.push(met);
         for (i, word) in (0u64..).zip(mem.words(phys)) {
             let word = word.load(SeqCst);
+            if word == 0 {
+                continue;
+            }
             if level == 0 {
                 keys.extend(
                     (0..64)
                         .filter(|b| word >> b & 1 == 1)
                         .map(|b| first | (i * 64) | b),
                 );
-            } else if word != 0 {
+            } else {
                 let below = (word, level - 1, first | (i << shift(level)));
                 descend(mem, below, nodes, keys);
             }
@@ -135,6 +140,21 @@ mod abi {
     }
 }
 
+/// All words of all nodes, so that any change shows.
+fn dump(mem: &Mem, root: u64) -> Vec<(u64, Vec<u64>)> {
+    let (nodes, _) = abi::walk(mem, root);
+    let words = |phys| {
+        mem.words(phys)
+            .iter()
+            .map(|word| word.load(SeqCst))
+            .collect()
+    };
+    nodes
+        .into_iter()
+        .map(|(phys, ..)| (phys, words(phys)))
+        .collect()
+}
+
 /// Numbers that are the same on every run.
 struct Rng(u64);
 
@@ -152,6 +172,12 @@ impl Rng {
 
     fn below(&mut self, limit: u64) -> u64 {
         (self.next() >> 8) % limit.max(1)
+    }
+
+    /// A number of up to `bits` bits, where short ones are as likely as long ones.
+    fn bits(&mut self, bits: u64) -> u64 {
+        let limit = 1 << self.below(bits + 1);
+        self.below(limit)
     }
 }
 

@@ -19,6 +19,7 @@ use super::super::PAGE_SHIFT;
 use super::{
     abi,
     block,
+    dump,
     key,
     order,
     prune,
@@ -107,7 +108,7 @@ fn compare(tree: &Tree<&Mem>, mem: &Mem, model: &BTreeSet<u64>, some: &[u64]) {
     for of in Order::all() {
         let (first, last) = Key::bounds(of);
         let found: Vec<u64> = tree
-            .runs(of)
+            .runs_between(Key::bounds(of))
             .flat_map(|run| run.first.get()..run.first.get() + run.count)
             .collect();
         let range = first.get()..=last.get();
@@ -247,7 +248,7 @@ fn long_runs() {
             word.store(bits.fold(0, |word, bit| word | 1 << bit), SeqCst);
         }
         let runs: Vec<_> = tree
-            .runs(order(0))
+            .runs_between(Key::bounds(order(0)))
             .map(|run| (run.first.get() - base, run.first.get() - base + run.count))
             .collect();
         if b == c {
@@ -275,7 +276,7 @@ fn a_run_over_whole_leaves() {
     }
     assert_ne!(tree.remove(key(first)), Removal::Absent);
     assert!(tree.add(key(first + 3 * LEAF)).unwrap());
-    let runs: Vec<_> = tree.runs(order(1)).collect();
+    let runs: Vec<_> = tree.runs_between(Key::bounds(order(1))).collect();
     assert_eq!(runs.len(), 1);
     assert_eq!((runs[0].first.get(), runs[0].count), (first + 1, 3 * LEAF));
 }
@@ -290,7 +291,7 @@ fn runs_are_of_one_order() {
     }
     for of in Order::all() {
         let (first, last) = Key::bounds(of);
-        let runs: Vec<_> = tree.runs(of).collect();
+        let runs: Vec<_> = tree.runs_between(Key::bounds(of)).collect();
         if last.get() < 64 {
             assert_eq!(runs.len(), 1, "{of:?}");
             let count = last.get() - first.get() + 1;
@@ -394,21 +395,6 @@ fn layout() {
     }
 }
 
-/// All words of all nodes, so that any change shows.
-fn dump(mem: &Mem, root: u64) -> Vec<(u64, Vec<u64>)> {
-    let (nodes, _) = abi::walk(mem, root);
-    let words = |phys| {
-        mem.words(phys)
-            .iter()
-            .map(|word| word.load(SeqCst))
-            .collect()
-    };
-    nodes
-        .into_iter()
-        .map(|(phys, ..)| (phys, words(phys)))
-        .collect()
-}
-
 /// An insertion that runs out of memory leaves no trace, whatever was there before it.
 #[test]
 fn all_or_nothing() {
@@ -493,5 +479,171 @@ fn emptied() {
             (mem.live(), (&mem).node(tree.root()).runs().next()),
             (1, None)
         );
+    }
+}
+
+/// A leaf in a tree of its own, and where its words are.
+fn a_leaf(mem: &Mem) -> (&Node, u64) {
+    let tree = Tree::new(mem).unwrap();
+    abi::add(mem, tree.root().get(), 0);
+    let (phys, ..) = *abi::walk(mem, tree.root().get()).0.last().unwrap();
+    mem.words(phys)[0].store(0, SeqCst);
+    // SAFETY: A node is an array of as many words, each as an `AtomicU64`.
+    let leaf = unsafe { &*mem.words(phys).as_ptr().cast() };
+    (leaf, phys)
+}
+
+/// Bits at the borders of words, and in the midst of some.
+fn edges() -> Vec<u64> {
+    let words = [0, 64, 128, 640, LEAF / 2, LEAF - 128, LEAF - 64, LEAF];
+    let near = |at: u64| [1, 2, 3, 30, 62, 63].map(|by| (at + by).min(LEAF));
+    let mut edges: Vec<u64> = words.into_iter().flat_map(near).chain(words).collect();
+    edges.sort_unstable();
+    edges.dedup();
+    edges
+}
+
+#[test]
+fn filling_a_leaf() {
+    let mem = Mem::new();
+    let (leaf, phys) = a_leaf(&mem);
+    let words = mem.words(phys);
+    let bits = |from: u64, to: u64| {
+        (from..to).map(|bit| words[bit as usize / 64].load(SeqCst) >> (bit % 64) & 1)
+    };
+    let clear = |word: u64| words[word as usize].store(0, SeqCst);
+    for from in edges() {
+        for to in edges() {
+            let count = to.saturating_sub(from);
+            assert_eq!(leaf.fill(from, count), 0, "{from} {count}");
+            // Sparse words around, and all bits between.
+            let (low, high) = (from.saturating_sub(70), (from + count + 70).min(LEAF));
+            let set: u64 = bits(low, high).sum();
+            assert_eq!((set, bits(from, from + count).sum()), (count, count));
+            if count > 4 {
+                // The same again, and one more at either end.
+                assert_eq!(leaf.fill(from + 1, count - 2), count - 2);
+                assert_eq!(leaf.fill(from, 1), 1);
+            }
+            (from / 64..to.div_ceil(64)).for_each(clear);
+        }
+    }
+    assert_eq!(
+        mem.words(phys).iter().map(|word| word.load(SeqCst)).max(),
+        Some(0)
+    );
+    // Of what does not fit, the part that does.
+    assert_eq!(leaf.fill(LEAF - 3, 10), 0);
+    assert_eq!(leaf.fill(LEAF - 5, u64::MAX), 3);
+    assert_eq!(leaf.fill(LEAF, 1), 0);
+    assert_eq!(leaf.fill(u64::MAX, 1), 0);
+    assert_eq!(bits(0, LEAF).sum::<u64>(), 5);
+    assert_eq!(bits(LEAF - 5, LEAF).sum::<u64>(), 5);
+}
+
+#[test]
+fn filling_a_leaf_at_random() {
+    let mut rng = Rng::new(30);
+    let mem = Mem::new();
+    let (leaf, phys) = a_leaf(&mem);
+    let mut model = BTreeSet::new();
+    for _ in 0..300 {
+        let from = rng.below(LEAF);
+        let count = rng.bits(9).min(LEAF - from);
+        let again = model.range(from..from + count).count() as u64;
+        assert_eq!(leaf.fill(from, count), again);
+        model.extend(from..from + count);
+    }
+    let set = |bit: &u64| mem.words(phys)[*bit as usize / 64].load(SeqCst) >> (bit % 64) & 1 == 1;
+    assert!((0..LEAF).filter(set).eq(model));
+}
+
+/// A leaf that was asked for is there, and without keys it had not had before.
+#[test]
+fn leaves_of_keys() {
+    for universe in distributions() {
+        let mem = Mem::new();
+        let tree = Tree::new(&mem).unwrap();
+        let root = tree.root().get();
+        let (some, others) = universe.split_at(universe.len() / 2);
+        some.iter().for_each(|number| abi::add(&mem, root, *number));
+        let keys = abi::walk(&mem, root).1;
+        let have: BTreeSet<u64> = keys.iter().map(|number| number / LEAF).collect();
+        for number in others {
+            let found = tree.find_leaf(key(*number)).is_some();
+            assert_eq!(found, have.contains(&(number / LEAF)), "{number:#x}");
+        }
+        for number in others {
+            let leaf: *const Node = tree.leaf(key(*number)).unwrap();
+            // It is the very leaf that the format says it is.
+            let first = number / LEAF * LEAF;
+            let (nodes, _) = abi::walk(&mem, root);
+            let there = nodes
+                .iter()
+                .find(|(_, level, at)| *level == 0 && *at == first);
+            let words = mem.words(there.unwrap().0).as_ptr();
+            assert_eq!(leaf, words.cast());
+            let found = tree.find_leaf(key(*number)).unwrap();
+            assert!(std::ptr::eq(leaf, found));
+        }
+        let (nodes, after) = abi::walk(&mem, root);
+        assert_eq!(after, keys);
+        assert_eq!(nodes.len(), abi::least_nodes(universe.iter().copied()));
+        // What is there needs no memory.
+        mem.budget.store(0, SeqCst);
+        assert!(universe
+            .iter()
+            .all(|number| tree.leaf(key(*number)).is_ok()));
+    }
+}
+
+#[test]
+fn leaf_without_memory() {
+    let target = abi::encode(0x1234_5678 << PAGE_SHIFT, 0);
+    for level in 1..abi::DEPTH {
+        for budget in 0..=i64::from(level) {
+            let mem = Mem::new();
+            let tree = Tree::new(&mem).unwrap();
+            let root = tree.root().get();
+            tree.add(key(abi::sibling(target, level))).unwrap();
+            let before = dump(&mem, root);
+            mem.budget.store(budget, SeqCst);
+            let result = tree.leaf(key(target)).map(|_| ());
+            if budget < i64::from(level) {
+                assert_eq!(result, Err(NoMemory));
+                assert!(dump(&mem, root) == before);
+            } else {
+                assert_eq!(result, Ok(()));
+                assert!(!tree.contains(key(target)));
+            }
+        }
+    }
+}
+
+#[test]
+fn next_leaves() {
+    for universe in distributions() {
+        let mem = Mem::new();
+        let tree = Tree::new(&mem).unwrap();
+        let leaves: BTreeSet<u64> = universe.iter().map(|number| number / LEAF).collect();
+        for number in &universe {
+            abi::add(&mem, tree.root().get(), *number);
+        }
+        let around = |at: u64| [at.saturating_sub(1), at, at + 1];
+        let froms = leaves.iter().flat_map(|leaf| around(leaf * LEAF));
+        let froms = froms.chain(borders()).chain([0, ALL.1]);
+        for from in froms.filter(|from| *from <= ALL.1) {
+            let next = leaves.range(from / LEAF..).next();
+            for last in [from, from | (LEAF - 1), from.saturating_add(LEAF), ALL.1] {
+                let last = last.min(ALL.1);
+                let expected = next.filter(|leaf| **leaf <= last / LEAF).copied();
+                let found = tree.next_leaf(key(from), key(last));
+                assert_eq!(found.map(|(first, _)| first / LEAF), expected, "{from:#x}");
+                if let Some((first, leaf)) = found {
+                    assert_eq!(first % LEAF, 0);
+                    assert!(std::ptr::eq(leaf, tree.find_leaf(key(first)).unwrap()));
+                }
+            }
+        }
     }
 }

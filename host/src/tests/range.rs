@@ -171,18 +171,53 @@ fn runs_and_blocks() {
 }
 
 #[test]
-fn joining_and_overlapping() {
+fn joining_and_sharing() {
     for base in [0, abi::PFN_END - 6] {
         let all: Vec<_> = (0..6)
             .flat_map(|i| (i..=6).map(move |j| (base + i, base + j)))
             .collect();
         for (a, b) in all.iter().flat_map(|a| all.iter().map(move |b| (*a, *b))) {
             let (x, y) = (frames(a.0, a.1), frames(b.0, b.1));
-            let shared = (base..base + 6).any(|f| a.0 <= f && f < a.1 && b.0 <= f && f < b.1);
-            assert_eq!(x.overlaps(y), shared, "{a:?} {b:?}");
+            let shared = |f: &u64| a.0 <= *f && *f < a.1 && b.0 <= *f && *f < b.1;
+            let both = x.both(y);
+            assert!(both.end() <= abi::PFN_END, "{a:?} {b:?}");
+            let found = both.start()..both.end();
+            let expected = (base..base + 6).filter(shared);
+            assert!(found.eq(expected), "{a:?} {b:?}: {both:x?}");
             let touch = a.0 <= b.1 && b.0 <= a.1;
             let hull = (a.0.min(b.0), a.1.max(b.1));
             assert_eq!(x.join(y).map(ends), touch.then_some(hull), "{a:?} {b:?}");
         }
     }
+}
+
+#[test]
+fn heads_and_tails() {
+    assert_eq!(ends(Frames::EMPTY), (0, 0));
+    for base in [0, 64, abi::PFN_END - 16] {
+        let all = (0..16).flat_map(|i| (i..=16).map(move |j| (base + i, base + j)));
+        for (start, end) in all {
+            let (range, length) = (frames(start, end), end - start);
+            for count in (0..20).chain([1 << 32, u64::MAX - start, u64::MAX - 1, u64::MAX]) {
+                let at = start + count.min(length);
+                let what = format!("{start:#x}..{end:#x} at {count:#x}");
+                assert_eq!(ends(range.head(count)), (start, at), "{what}");
+                assert_eq!(ends(range.tail(count)), (at, end), "{what}");
+            }
+            for shift in 0..6 {
+                let size = 1u64 << shift;
+                // The next multiple, found by trying.
+                let next = (start + 1..).find(|pfn| pfn % size == 0).unwrap();
+                let what = format!("{start:#x}..{end:#x} to {size}");
+                assert_eq!(ends(range.head_to(size)), (start, next.min(end)), "{what}");
+            }
+            for size in [1 << (63 - PAGE_SHIFT), abi::PFN_END, 1 << 63] {
+                let next = if start < size { size } else { abi::PFN_END };
+                assert_eq!(ends(range.head_to(size)), (start, next.min(end)));
+            }
+        }
+    }
+    let all = frames(0, abi::PFN_END);
+    assert_eq!(ends(all.tail(1).head_to(1 << 20)), (1, 1 << 20));
+    assert_eq!(ends(all.tail(u64::MAX)), (abi::PFN_END, abi::PFN_END));
 }

@@ -1,0 +1,540 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The chart of what was preserved, against claims that are counted frame by frame.
+
+use super::super::kho_key::Pfn;
+use super::super::kho_radix::{
+    NoMemory,
+    Tree, //
+};
+use super::super::kho_range::Frames;
+use super::super::kho_takeover::{
+    chart,
+    fill,
+    is_claimed,
+    survey,
+    Census,
+    Refusal, //
+};
+use super::super::PAGE_SHIFT;
+use super::takeover::{
+    frames,
+    handed_over,
+    node_mem,
+    tree_at,
+    Fake,
+    BLOCKS,
+    HOLE,
+    NODES,
+    RAM,
+    SCRATCH, //
+};
+use super::{
+    abi,
+    block,
+    dump,
+    Mem,
+    Rng, //
+};
+use std::{
+    collections::BTreeSet,
+    sync::atomic::Ordering::SeqCst, //
+};
+
+const LEAF: u64 = 1 << abi::BITMAP_LOG2;
+
+/// Memory for sets.
+fn set_mem() -> Mem {
+    Mem::at(1 << 50, 2048)
+}
+
+/// A range that may be empty.
+fn frames_of(start: u64, count: u64) -> Frames {
+    Frames::new(Pfn::new(start).unwrap(), count).unwrap()
+}
+
+/// How often each frame of `blocks` is preserved, for frames below `limit`.
+fn claims(blocks: &[(u64, u32)], limit: u64) -> Vec<u32> {
+    let mut claims = vec![0; limit as usize];
+    for (pfn, of) in blocks {
+        let frames = *pfn as usize..(pfn + (1 << of)) as usize;
+        claims[frames].iter_mut().for_each(|claim| *claim += 1);
+    }
+    claims
+}
+
+/// Whether any of `blocks` is larger than the block of order `of` at `pfn`, and around it.
+fn has_larger(blocks: &[(u64, u32)], (pfn, of): (u64, u32)) -> bool {
+    let around = |(start, above): &(u64, u32)| *above > of && pfn >> above == start >> above;
+    blocks.iter().any(around)
+}
+
+/// Charts `blocks` and compares all that is found with a model.
+fn chart_on(machine: &Fake, blocks: &[(u64, u32)]) {
+    let blocks: BTreeSet<(u64, u32)> = blocks.iter().copied().collect();
+    let blocks: Vec<_> = blocks.into_iter().collect();
+    let mem = node_mem();
+    let root = handed_over(&mem, &blocks);
+    let tree = tree_at(&mem, root);
+    let scratch = set_mem();
+    assert!(survey(&tree, machine, &Tree::new(&scratch).unwrap()).is_ok());
+    let before = dump(&mem, root);
+    let memory = set_mem();
+    let held = Tree::new(&memory).unwrap();
+    let census = chart(&tree, machine, &held).unwrap();
+    assert!(dump(&mem, root) == before, "the tree was changed");
+
+    // Each frame is there once, in no more nodes than that takes.
+    let claims = claims(&blocks, machine.ram.1);
+    let expected: Vec<u64> = (0..machine.ram.1)
+        .filter(|pfn| claims[*pfn as usize] > 0)
+        .collect();
+    let (nodes, found) = abi::walk(&memory, held.root().get());
+    assert!(found == expected, "{blocks:x?}");
+    assert_eq!(nodes.len(), abi::least_nodes(expected.iter().copied()));
+    assert_eq!(census.frames as usize, expected.len(), "{blocks:x?}");
+    let orders: Vec<(u32, u64)> = census
+        .orders()
+        .map(|(of, count)| (of.get(), count))
+        .collect();
+    let counts = (0..=64 - PAGE_SHIFT).map(|of| {
+        let count = blocks.iter().filter(|block| block.1 == of).count();
+        (of, count as u64)
+    });
+    let counts: Vec<_> = counts.filter(|(_, count)| *count > 0).collect();
+    assert_eq!(orders, counts);
+
+    // Large blocks come first, so that the first one to be met again is the largest inner one.
+    let inner = blocks.iter().filter(|block| has_larger(&blocks, **block));
+    let first = inner.max_by_key(|(pfn, of)| (*of, u64::MAX - pfn));
+    assert_eq!(census.overlap, first.map(|(pfn, _)| *pfn), "{blocks:x?}");
+    if let Some(pfn) = census.overlap {
+        assert!(claims[pfn as usize] > 1, "{pfn:#x} of {blocks:x?}");
+    } else {
+        assert!(claims.iter().all(|claim| *claim < 2), "{blocks:x?}");
+    }
+
+    let mut rng = Rng::new(blocks.len() as u64);
+    let others = (0..20).map(|_| {
+        let of = rng.below(18) as u32;
+        (rng.below(machine.ram.1) >> of << of, of)
+    });
+    for (pfn, of) in blocks.iter().copied().chain(others) {
+        let claimed = is_claimed(&tree, &census, block(pfn, of));
+        let larger = has_larger(&blocks, (pfn, of));
+        assert_eq!(claimed, larger, "{pfn:#x}, order {of}, of {blocks:x?}");
+    }
+}
+
+fn chart_of(blocks: &[(u64, u32)]) {
+    chart_on(&Fake::new(), blocks);
+}
+
+#[test]
+fn some() {
+    chart_of(&[]);
+    chart_of(&BLOCKS);
+    chart_of(&[(0x100, 0), (0x101, 0), (0x102, 1), (0x104, 2), (0x108, 0)]);
+    // One frame in two blocks, in three, and one that is all of another.
+    chart_of(&[(0x100, 0), (0x100, 1)]);
+    chart_of(&[(0x101, 0), (0x100, 1), (0x100, 4)]);
+    chart_of(&[(0x100, 4), (0x101, 0), (0x10e, 1), (0x110, 0)]);
+    chart_of(&[(0x100, 0), (0x101, 0), (0x102, 0), (0x103, 0), (0x100, 2)]);
+    chart_of(&[(0x140, 0), (0x200, 1), (0x202, 0), (0x200, 9), (0x400, 0)]);
+    // A run of which only the last block is inside another, and then one that starts inside.
+    chart_of(&[(0xc000, 3), (0xc008, 3), (0xc010, 3), (0xc010, 4)]);
+    chart_of(&[(0xc000, 0), (0xc03f, 0), (0xc030, 4), (0xc040, 0)]);
+    // Orders whose blocks lie one after the other, in both directions.
+    let ends: Vec<_> = (0..9).map(|of| (0x400 + (of << 9), of as u32)).collect();
+    chart_of(&ends);
+    let ends: Vec<_> = (0..9).map(|of| (0x1800 - (of << 9), of as u32)).collect();
+    chart_of(&ends);
+}
+
+#[test]
+fn anything() {
+    let mut rng = Rng::new(8);
+    for turn in 0..150 {
+        // From sparse to crowded, from one order to many.
+        let (count, orders, spread) = (1 + rng.below(60), 1 + turn % 11, 1 << (6 + turn % 8));
+        let blocks: Vec<_> = (0..count)
+            .map(|_| {
+                let of = rng.below(orders) as u32;
+                (0xc000 + (rng.below(spread) >> of << of), of)
+            })
+            .collect();
+        chart_of(&blocks);
+    }
+}
+
+/// All sets of blocks of four units, the blocks of two, and the block of all four; a unit is less
+/// than a word, part of one, a word, or more.
+#[test]
+fn all_nestings() {
+    let within = [(0, 0), (1, 0), (2, 0), (3, 0), (0, 1), (2, 1), (0, 2)];
+    let subset = |set: u32, unit: u32| {
+        let chosen = (0..within.len()).filter(move |i| set >> i & 1 == 1);
+        let place = move |(at, of): (u64, u32)| (0xc000 + (at << unit), of + unit);
+        chosen.map(move |i| place(within[i])).collect::<Vec<_>>()
+    };
+    for unit in [0, 4, 5, 6, 8] {
+        for set in 0..1 << within.len() {
+            chart_of(&subset(set, unit));
+        }
+    }
+}
+
+/// Blocks around the borders of leaves, of the tree and of the chart, as well as blocks that are
+/// one leaf of the chart, or several.
+#[test]
+fn across_leaves() {
+    let mut machine = Fake::new();
+    machine.ram.1 = 8 * LEAF.max(NODES);
+    let bits = abi::BITMAP_LOG2;
+    // The smallest block that is clear of the hole, scratch and nodes.
+    let base = (4 * LEAF).max(0x4_0000);
+    for of in [0, 1, 3, 6, 7] {
+        let size = 1u64 << of;
+        let borders = [base, base + LEAF, base + (LEAF << of).min(3 * LEAF)];
+        let around = |at: u64| (at - 10 * size..at + 10 * size).step_by(size as usize);
+        let blocks = borders.into_iter().flat_map(around).map(|pfn| (pfn, of));
+        chart_on(&machine, &blocks.collect::<Vec<_>>());
+    }
+    let half = LEAF / 2;
+    let large = [
+        vec![(base, bits)],
+        vec![(base, bits + 1)],
+        vec![(base, bits - 1), (base + half, bits - 1), (base + LEAF, 0)],
+        vec![(base, bits), (base - 1, 0), (base + LEAF - 1, 0)],
+        vec![(base + LEAF, bits), (base, bits + 1), (base + half, 0)],
+        vec![(base + LEAF, 0), (base, bits + 2), (base + 2 * LEAF, bits)],
+    ];
+    for blocks in large {
+        chart_on(&machine, &blocks);
+    }
+}
+
+/// Charts the blocks and returns the refusal, or how many frames there are.
+fn result_of(machine: &Fake, mem: &Mem, root: u64) -> Result<u64, Refusal> {
+    let memory = set_mem();
+    let held = Tree::new(&memory).unwrap();
+    let before = dump(mem, root);
+    let result = chart(&tree_at(mem, root), machine, &held).map(|census| census.frames);
+    assert!(dump(mem, root) == before, "the tree was changed");
+    held.destroy();
+    assert_eq!(memory.live(), 0);
+    result
+}
+
+#[test]
+fn edges_of_memory() {
+    for (pfn, of, good) in [
+        (RAM.0 - 1, 0, false),
+        (RAM.0, 0, true),
+        (0, 5, false),
+        (RAM.0, 4, true),
+        (0, 0, false),
+        (HOLE.0 - 1, 0, true),
+        (HOLE.0, 0, false),
+        (HOLE.1 - 1, 0, false),
+        (HOLE.1, 0, true),
+        (HOLE.0 - 2, 1, true),
+        (0x4000, 14, true),
+        (0x4000, 13, true),
+        (0x8000, 15, false),
+        (0, 16, false),
+        (SCRATCH.0 - 1, 0, true),
+        (SCRATCH.0, 0, false),
+        (SCRATCH.1 - 1, 0, false),
+        (SCRATCH.1, 0, true),
+        (0x2000, 13, false),
+        (0x1000, 12, true),
+        (RAM.1 - 1, 0, true),
+        (RAM.1, 0, false),
+        (RAM.1 - 2, 1, true),
+        (RAM.1, 1, false),
+        (0, 18, false),
+        (0, 40, false),
+        (0, 64 - PAGE_SHIFT, false),
+        (abi::PFN_END - 1, 0, false),
+    ] {
+        let machine = Fake::new();
+        let mem = node_mem();
+        let root = handed_over(&mem, &[(pfn, of), (0x500, 0), (0x3_5000, 3)]);
+        let mut result = result_of(&machine, &mem, root);
+        if good {
+            assert_eq!(result, Ok(9 + (1 << of)), "{pfn:#x}, order {of}");
+        } else {
+            // The range that is refused is the block, or the first frame of it that is bad.
+            if let Err(Refusal::Range(range)) = result {
+                let pages = 1u64 << of;
+                assert!(pfn <= range.start() && range.end() <= pfn + pages);
+                assert!(range.count() == pages || !machine.has(range.start()));
+                result = Err(Refusal::NoMemory);
+            }
+            assert_eq!(result, Err(Refusal::NoMemory), "{pfn:#x}, order {of}");
+        }
+    }
+    // Of blocks that touch, only one is bad.
+    for (of, range) in [
+        (0, (HOLE.0, HOLE.0 + 1)),
+        (3, (HOLE.0, HOLE.0 + 1)),
+        (8, (HOLE.0 - 256, HOLE.0 + 256)),
+    ] {
+        let mem = node_mem();
+        let root = handed_over(&mem, &[(HOLE.0 - (1 << of), of), (HOLE.0, of)]);
+        let refused = Err(Refusal::Range(frames(range.0, range.1)));
+        assert_eq!(result_of(&Fake::new(), &mem, root), refused);
+    }
+    // RAM may start with frame 0 and end with the last one there is.
+    let mut machine = Fake::new();
+    machine.ram = (0, abi::PFN_END);
+    for (pfn, of) in [(0, 0), (0, 3), (abi::PFN_END - 1, 0), (abi::PFN_END - 8, 3)] {
+        let mem = node_mem();
+        let root = handed_over(&mem, &[(pfn, of)]);
+        assert_eq!(result_of(&machine, &mem, root), Ok(1 << of), "{pfn:#x}");
+    }
+}
+
+/// Single pages are checked in words; RAM and scratch start and end anywhere in them.
+#[test]
+fn words_with_borders() {
+    let mut rng = Rng::new(10);
+    let base = 0xc000;
+    let mut refused = 0;
+    for turn in 0..600u64 {
+        let mut machine = Fake::new();
+        // An area inside three words, of all lengths, between two seams.
+        let start = base + 64 + turn % 64;
+        let length = 1 + rng.below(1 << (turn % 7));
+        machine.outside.push((start, start + length));
+        machine.seams = vec![base + 30 + turn % 9, start + length + rng.below(40)];
+        if turn % 3 == 0 {
+            machine.ram.1 = start + length + 8 + rng.below(64);
+        }
+        let density = 1 + rng.below(6);
+        let pages = (base..base + 320)
+            .filter(|pfn| rng.below(8) < density && (machine.has(*pfn) || rng.below(60) == 0));
+        let pages: Vec<u64> = pages.collect();
+        let bad = pages.iter().find(|pfn| !machine.has(**pfn));
+        let mem = node_mem();
+        let blocks: Vec<_> = pages.iter().map(|pfn| (*pfn, 0)).collect();
+        let root = handed_over(&mem, &blocks);
+        let expected = match bad {
+            None => Ok(pages.len() as u64),
+            Some(pfn) => Err(Refusal::Range(frames(*pfn, pfn + 1))),
+        };
+        refused += u64::from(bad.is_some());
+        assert_eq!(result_of(&machine, &mem, root), expected, "{pages:x?}");
+    }
+    assert!((100..500).contains(&refused), "{refused}");
+}
+
+/// Pieces of RAM that touch are one.
+#[test]
+fn blocks_across_seams() {
+    let mut machine = Fake::new();
+    machine.seams = vec![0xc003, 0xc004, 0xc017, 0xc100, 0xd001];
+    chart_on(&machine, &[(0xc000, 12), (0xd000, 1), (0xe000, 0)]);
+    chart_on(
+        &machine,
+        &[(0xc003, 0), (0xc004, 0), (0xc016, 1), (0xc0ff, 0)],
+    );
+    let pages: Vec<_> = (0xc000..0xc140).map(|pfn| (pfn, 0)).collect();
+    chart_on(&machine, &pages);
+    // A hole behind a seam is still one.
+    machine.outside.push((0xc180, 0xc181));
+    let mem = node_mem();
+    let root = handed_over(&mem, &[(0xc000, 12)]);
+    let refused = Err(Refusal::Range(frames(0xc000, 0xd000)));
+    assert_eq!(result_of(&machine, &mem, root), refused);
+}
+
+/// The largest orders share a leaf, in which blocks of two orders may be neighbours. Nodes for a
+/// chart of such blocks are more than a test can have, so the test is which block is refused.
+#[test]
+fn orders_that_share_a_leaf() {
+    let first_shared = 64 - PAGE_SHIFT - abi::BITMAP_LOG2 + 1;
+    let mut machine = Fake::new();
+    machine.ram = (0x10_0000, 8 << first_shared);
+    let new_tree = |keys: &[u64]| {
+        let mem = Mem::at(0x18_0000 << PAGE_SHIFT, 2048);
+        let root = handed_over(&mem, &[(0x20_0000, 1), (0x20_0003, 0)]);
+        keys.iter().for_each(|number| abi::add(&mem, root, *number));
+        (mem, root)
+    };
+    for of in first_shared..=64 - PAGE_SHIFT {
+        let phys = 1u64.checked_shl(of + PAGE_SHIFT).unwrap_or(0);
+        let last = u64::MAX.checked_shl(of + PAGE_SHIFT).unwrap_or(0);
+        for (start, key) in [
+            (0, abi::encode(0, of)),
+            (phys, abi::encode(phys, of)),
+            (last, abi::encode(last, of)),
+        ] {
+            // Below this block lies the end of RAM. The key after its key may be of an order less.
+            let (start, pages) = (start >> PAGE_SHIFT, 1 << of);
+            machine.ram.1 = (start + pages - 1).min(8 << first_shared);
+            let (mem, root) = new_tree(&[key, key + 1]);
+            let refused = Refusal::Range(frames_of(start, pages));
+            assert_eq!(result_of(&machine, &mem, root), Err(refused), "{key:#x}");
+        }
+    }
+    // All that there is room for is found sound, and takes more memory than there is.
+    machine.ram.1 = 8 << first_shared;
+    let keys: Vec<u64> = [(1, 0), (2, 0), (3, 0), (4, 2)]
+        .into_iter()
+        .map(|(number, above)| {
+            let phys = (number << first_shared) << PAGE_SHIFT;
+            abi::encode(phys, first_shared + above)
+        })
+        .collect();
+    let (mem, root) = new_tree(&keys);
+    let memory = set_mem();
+    let seen = Tree::new(&memory).unwrap();
+    assert!(survey(&tree_at(&mem, root), &machine, &seen).is_ok());
+    let memory = Mem::at(1 << 50, 16);
+    let held = Tree::new(&memory).unwrap();
+    let result = chart(&tree_at(&mem, root), &machine, &held);
+    assert_eq!(result.map(|_| ()), Err(Refusal::NoMemory));
+    // Key 0 names no block.
+    let (mem, root) = new_tree(&[0]);
+    assert_eq!(result_of(&machine, &mem, root), Err(Refusal::Reach(0)));
+}
+
+/// A chart that runs out of memory, wherever that is, is an error and no more.
+#[test]
+fn without_memory() {
+    let mut blocks = BLOCKS.to_vec();
+    blocks.extend([(0x2_8000, 0), (0x200, 0), (0x210, 4), (0x2_0000, 15)]);
+    let machine = Fake::new();
+    let mem = node_mem();
+    let root = handed_over(&mem, &blocks);
+    let tree = tree_at(&mem, root);
+    let before = dump(&mem, root);
+    let mut failed = 0;
+    loop {
+        let memory = set_mem();
+        let held = Tree::new(&memory).unwrap();
+        memory.budget.store(failed, SeqCst);
+        let result = chart(&tree, &machine, &held);
+        assert!(dump(&mem, root) == before, "the tree was changed");
+        let (nodes, keys) = abi::walk(&memory, held.root().get());
+        assert_eq!(nodes.len(), memory.live(), "lost");
+        held.destroy();
+        assert_eq!(memory.live(), 0);
+        if let Ok(census) = result {
+            let needed = abi::least_nodes(keys.iter().copied()) - 1;
+            assert_eq!(failed as usize, needed);
+            assert_eq!(census.frames as usize, keys.len());
+            break;
+        }
+        assert_eq!(result.map(|_| ()), Err(Refusal::NoMemory));
+        failed += 1;
+    }
+    assert!(failed >= i64::from(abi::DEPTH) - 1);
+}
+
+/// The steps in the tree, those in the chart, and how often the machine was asked.
+fn cost(blocks: &[(u64, u32)]) -> (u64, u64, u64) {
+    let mem = node_mem();
+    let root = handed_over(&mem, blocks);
+    let memory = set_mem();
+    let held = Tree::new(&memory).unwrap();
+    let machine = Fake::new();
+    let before = (mem.steps.load(SeqCst), memory.steps.load(SeqCst));
+    let census = chart(&tree_at(&mem, root), &machine, &held).unwrap();
+    assert_eq!(census.frames, blocks.iter().map(|(_, of)| 1 << of).sum());
+    (
+        mem.steps.load(SeqCst) - before.0,
+        memory.steps.load(SeqCst) - before.1,
+        machine.asked.get(),
+    )
+}
+
+/// Pages cost a look at each leaf, and so do blocks in a row, however many there are. Scattered
+/// blocks cost one way down each.
+#[test]
+fn is_brief() {
+    let mut rng = Rng::new(12);
+    let (start, end) = (HOLE.1, NODES);
+    let mut pages = BTreeSet::new();
+    while pages.len() < 10_000 {
+        pages.insert((start + 2 * rng.below((end - start) / 2), 0));
+    }
+    let pages: Vec<_> = pages.into_iter().collect();
+    let depth = u64::from(abi::DEPTH);
+    let leaves = (end - 1) / LEAF - start / LEAF + 1;
+    // Each leaf of the chart is looked for, made, linked, and found.
+    let most = leaves * 6 * depth;
+    let nodes = (1 + leaves) * depth;
+    let (tree, held, asked) = cost(&pages);
+    assert!(tree <= nodes && held <= most, "{tree} {held}");
+    assert_eq!(asked, 1);
+
+    let row: Vec<_> = (start..end).step_by(4).map(|pfn| (pfn, 2)).collect();
+    let (tree, held, asked) = cost(&row);
+    assert!(tree <= nodes && held <= most, "{tree} {held}");
+    assert_eq!(asked, 1);
+
+    let scattered: Vec<_> = (start..end).step_by(8).map(|pfn| (pfn, 2)).collect();
+    let (tree, held, asked) = cost(&scattered);
+    let most = most + scattered.len() as u64 * depth;
+    assert!(tree <= nodes && held <= most, "{tree} {held}");
+    assert_eq!(asked, 1);
+
+    // Holes cost one question each, and one for what is between them.
+    let blocks: Vec<_> = (RAM.0..NODES)
+        .filter(|pfn| Fake::new().has(*pfn))
+        .map(|pfn| (pfn, 0))
+        .collect();
+    assert_eq!(cost(&blocks).2, 3);
+}
+
+#[test]
+fn filling() {
+    let mut rng = Rng::new(13);
+    let limit = 4 * LEAF;
+    for turn in 0..12 {
+        let memory = set_mem();
+        let set = Tree::new(&memory).unwrap();
+        let mut model = vec![false; limit as usize];
+        for step in 0..30 {
+            // Around the borders of words and leaves, and anywhere; from nothing to many leaves.
+            let near = [64, LEAF, 2 * LEAF, limit, rng.below(limit)][step % 5];
+            let start = (near + rng.below(8)).saturating_sub(4).min(limit - 1);
+            let length = rng.bits(3 + 2 * turn).min(limit - start);
+            let part = &mut model[start as usize..(start + length) as usize];
+            let again = part.iter().filter(|set| **set).count() as u64;
+            part.fill(true);
+            let range = frames_of(start, length);
+            assert_eq!(fill(&set, range), Ok(again), "{range:x?}");
+        }
+        let (nodes, keys) = abi::walk(&memory, set.root().get());
+        let expected = (0..limit).filter(|pfn| model[*pfn as usize]);
+        assert!(keys.iter().copied().eq(expected));
+        assert!(nodes.len() <= abi::least_nodes(keys.iter().copied()));
+        set.destroy();
+        assert_eq!(memory.live(), 0);
+    }
+    // The ends of the address space, and nothing.
+    let memory = set_mem();
+    let set = Tree::new(&memory).unwrap();
+    let last = abi::PFN_END - 1;
+    assert_eq!(fill(&set, frames_of(last - 1, 2)), Ok(0));
+    assert_eq!(fill(&set, frames_of(last, 1)), Ok(1));
+    assert_eq!(fill(&set, frames_of(0, 1)), Ok(0));
+    memory.budget.store(0, SeqCst);
+    assert_eq!(fill(&set, Frames::EMPTY), Ok(0));
+    assert_eq!(fill(&set, frames_of(LEAF, 0)), Ok(0));
+    assert_eq!(fill(&set, frames_of(LEAF - 1, 2)), Err(NoMemory));
+    let expected = [0, LEAF - 1, last - 1, last];
+    assert_eq!(abi::walk(&memory, set.root().get()).1, expected);
+}
+
+/// Without blocks nobody claims anything, whatever the tree says of orders that were not seen.
+#[test]
+fn claims_need_a_census() {
+    let mem = node_mem();
+    let tree = tree_at(&mem, handed_over(&mem, &[(0x100, 4)]));
+    assert!(!is_claimed(&tree, &Census::default(), block(0x100, 0)));
+}
