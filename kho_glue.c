@@ -15,6 +15,8 @@
 #include <linux/kmemleak.h>
 #include <linux/memory_hotplug.h>
 #include <linux/page-isolation.h>
+#include <linux/percpu.h>
+#include <linux/preempt.h>
 #include <linux/workqueue.h>
 
 #include "kho_glue.h"
@@ -217,6 +219,20 @@ void *kho_glue_vmap_done(struct vm_struct *area, struct page **pages,
 
 static DEFINE_MUTEX(kho_fdt_mutex);
 static DEFINE_MUTEX(kho_prune_mutex);
+
+static DEFINE_PER_CPU(struct kho_glue_hint, kho_hint);
+
+/* Disables preemption; returns the CPU's hint. */
+struct kho_glue_hint *kho_glue_enter(void)
+{
+	preempt_disable();
+	return this_cpu_ptr(&kho_hint);
+}
+
+void kho_glue_leave(void)
+{
+	preempt_enable();
+}
 
 void kho_glue_mutex_init(struct mutex *lock)
 {

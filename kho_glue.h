@@ -41,11 +41,16 @@ const unsigned int RUST_CONST_HELPER_KHO_MAX_FOLIO_ORDER = MAX_FOLIO_ORDER;
 const unsigned int RUST_CONST_HELPER_KHO_MAX_NODES = MAX_NUMNODES;
 #endif
 
-/* A folio as the tree knows it. */
+/* A folio as the tree knows it; both words are returned in registers. */
 struct kho_glue_folio {
 	unsigned long pfn;
-	unsigned int order;
+	unsigned long order;
 };
+
+/* Room for where a CPU found its last leaf, in one cache line; see kho_radix.rs. */
+struct kho_glue_hint {
+	u64 words[4];
+} __aligned(32);
 
 /* struct pages */
 struct page *kho_glue_pfn_to_page(unsigned long pfn);
@@ -79,6 +84,8 @@ void *kho_glue_vmap_done(struct vm_struct *area, struct page **pages,
 			 unsigned long nr_pages, bool vm_alloc);
 
 /* locks, time, environment */
+struct kho_glue_hint *kho_glue_enter(void);
+void kho_glue_leave(void);
 void kho_glue_mutex_init(struct mutex *lock);
 void kho_glue_lock_fdt(void);
 void kho_glue_unlock_fdt(void);

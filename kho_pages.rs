@@ -36,7 +36,7 @@ use kernel::{
 /// Refuses memory in a scratch area: the next kernel boots in there, and would refuse all of the
 /// handover for it. Movable memory may lie there, and has to be pinned before it is preserved; who
 /// does not is told by a trace, with debug checks.
-#[inline]
+#[inline(never)]
 fn check_scratch(phys: u64, bytes: u64) -> Result {
     let inside = kho_sys::in_scratch(phys, bytes);
     if cfg!(CONFIG_KEXEC_HANDOVER_DEBUG) {
@@ -54,14 +54,11 @@ fn check_scratch(phys: u64, bytes: u64) -> Result {
 ///
 /// `EOPNOTSUPP` with KHO off, `EEXIST` if exactly this block is preserved already (whoever did
 /// that counts on being the one to undo it), `ENOMEM`; `EINVAL` in scratch.
-#[inline(never)]
+#[inline(always)]
 pub(crate) fn preserve(block: Block) -> Result {
-    check_scratch(block.pfn().phys(), Frames::of_block(block).bytes())?;
-    add(block)
-}
-
-#[inline]
-fn add(block: Block) -> Result {
+    if kho_sys::near_scratch(block) {
+        check_scratch(block.pfn().phys(), Frames::of_block(block).bytes())?;
+    }
     let tree = kho_state::out_tree().ok_or(EOPNOTSUPP)?;
     match tree.add(Key::of(block)) {
         Ok(true) => Ok(()),
@@ -71,7 +68,7 @@ fn add(block: Block) -> Result {
 }
 
 /// Undoes [`preserve`]. With KHO off there is nothing to undo.
-#[inline(never)]
+#[inline(always)]
 pub(crate) fn unpreserve(block: Block) {
     let Some(tree) = kho_state::out_tree() else {
         return;
@@ -91,10 +88,9 @@ pub(crate) fn unpreserve(block: Block) {
 ///
 /// As [`preserve`].
 pub(crate) fn preserve_frames(frames: Frames) -> Result {
-    check_scratch(frames.phys(), frames.bytes())?;
     let mut done = 0u64;
     for block in frames.blocks(kho_sys::one_node) {
-        if let Err(error) = add(block) {
+        if let Err(error) = preserve(block) {
             // The cuts are the same again, as far as they went.
             unpreserve_until(frames, done);
             return Err(error);

@@ -196,6 +196,30 @@ mod radix {
     }
 
     #[test]
+    fn hints_do_not_outlive_nodes() -> Result {
+        let other = tree()?;
+        for _ in 0..3 {
+            let tree = tree()?;
+            for _ in 0..3 {
+                assert!(tree.add(key(5)?) == Ok(true));
+                assert!(other.add(key(5)?) == Ok(true));
+                assert!(tree.add(key(6)?) == Ok(true));
+                assert!(tree.remove(key(5)?) == Removal::Removed);
+                assert!(tree.remove(key(6)?) == Removal::Emptied);
+                assert!(other.remove(key(5)?) == Removal::Emptied);
+                kho_sys::prune(&tree);
+                assert_eq!(count(&tree), (1, 0));
+                assert_eq!(count(&other), (6, 0));
+            }
+            assert!(tree.add(key(5)?) == Ok(true));
+            assert_eq!(count(&tree), (6, 1));
+            tree.destroy();
+        }
+        other.destroy();
+        Ok(())
+    }
+
+    #[test]
     fn c_api() -> Result {
         let mut c = bindings::kho_radix_tree::default();
         let walk = |leaf| bindings::kho_radix_walk_cb { leaf, node: None };
