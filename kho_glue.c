@@ -82,11 +82,6 @@ int __init kho_glue_early_pfn_to_nid(unsigned long pfn)
 	return early_pfn_to_nid(pfn);
 }
 
-unsigned long *kho_glue_page_private(struct page *page)
-{
-	return &page->private;
-}
-
 /* The code tags are cleared because the pages were allocated by nobody here. */
 void kho_glue_init_pages(struct page *page, unsigned long nr_pages)
 {
@@ -97,17 +92,19 @@ void kho_glue_init_pages(struct page *page, unsigned long nr_pages)
 	adjust_managed_page_count(page, nr_pages);
 }
 
-void kho_glue_init_folio(struct page *page, unsigned int order)
+struct folio *kho_glue_init_folio(struct page *page, unsigned int order)
 {
 	unsigned long nr_pages = 1UL << order;
 
 	set_page_count(page, 1);
 	clear_page_tag_ref(page);
-	for (unsigned long i = 1; i < nr_pages; i++)
-		set_page_count(page + i, 0);
-	if (order)
+	if (order) {
+		for (struct page *tail = page + 1; tail < page + nr_pages; tail++)
+			set_page_count(tail, 0);
 		prep_compound_page(page, order);
+	}
 	adjust_managed_page_count(page, nr_pages);
+	return (struct folio *)page;
 }
 
 void __init kho_glue_init_cma(unsigned long pfn, unsigned long nr_pages)
@@ -124,11 +121,6 @@ struct kho_glue_folio kho_glue_folio(struct folio *folio)
 		.pfn = folio_pfn(folio),
 		.order = folio_order(folio),
 	};
-}
-
-struct folio *kho_glue_page_folio(struct page *page)
-{
-	return page_folio(page);
 }
 
 struct folio *kho_glue_folio_alloc(unsigned int order)

@@ -38,6 +38,7 @@ const size_t RUST_CONST_HELPER_KHO_SCRATCH_ALIGN = KHO_SCRATCH_ALIGN;
 const size_t RUST_CONST_HELPER_KHO_VMALLOC_SIZE = KHO_VMALLOC_SIZE;
 const unsigned int RUST_CONST_HELPER_KHO_MAX_PAGE_ORDER = MAX_PAGE_ORDER;
 const unsigned int RUST_CONST_HELPER_KHO_MAX_FOLIO_ORDER = MAX_FOLIO_ORDER;
+const size_t RUST_CONST_HELPER_KHO_PAGE_PRIVATE = offsetof(struct page, private);
 const unsigned int RUST_CONST_HELPER_KHO_MAX_NODES = MAX_NUMNODES;
 #endif
 
@@ -58,14 +59,12 @@ struct page *kho_glue_pfn_to_online_page(unsigned long pfn);
 unsigned long kho_glue_page_to_pfn(const struct page *page);
 int kho_glue_pfn_to_nid(unsigned long pfn);
 int kho_glue_early_pfn_to_nid(unsigned long pfn);
-unsigned long *kho_glue_page_private(struct page *page);
 void kho_glue_init_pages(struct page *page, unsigned long nr_pages);
-void kho_glue_init_folio(struct page *page, unsigned int order);
+struct folio *kho_glue_init_folio(struct page *page, unsigned int order);
 void kho_glue_init_cma(unsigned long pfn, unsigned long nr_pages);
 
 /* folios */
 struct kho_glue_folio kho_glue_folio(struct folio *folio);
-struct folio *kho_glue_page_folio(struct page *page);
 struct folio *kho_glue_folio_alloc(unsigned int order);
 void *kho_glue_folio_address(struct folio *folio);
 void kho_glue_folio_put(struct folio *folio);

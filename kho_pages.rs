@@ -67,6 +67,12 @@ pub(crate) fn preserve(block: Block) -> Result {
     }
 }
 
+/// As [`preserve`], for who does that with blocks by the way.
+#[inline(never)]
+fn preserve_block(block: Block) -> Result {
+    preserve(block)
+}
+
 /// Undoes [`preserve`]. With KHO off there is nothing to undo.
 #[inline(always)]
 pub(crate) fn unpreserve(block: Block) {
@@ -82,15 +88,25 @@ pub(crate) fn unpreserve(block: Block) {
     }
 }
 
+/// As [`unpreserve`], for who does that with blocks by the way.
+#[inline(never)]
+fn unpreserve_block(block: Block) {
+    unpreserve(block);
+}
+
 /// Preserves a range of single pages, all of it or nothing.
 ///
 /// # Errors
 ///
 /// As [`preserve`].
 pub(crate) fn preserve_frames(frames: Frames) -> Result {
+    // Those of a vmalloc area mostly are.
+    if let Some(page) = frames.only_page() {
+        return preserve_block(page);
+    }
     let mut done = 0u64;
     for block in frames.blocks(kho_sys::one_node) {
-        if let Err(error) = preserve(block) {
+        if let Err(error) = preserve_block(block) {
             // The cuts are the same again, as far as they went.
             unpreserve_until(frames, done);
             return Err(error);
@@ -107,13 +123,16 @@ fn unpreserve_until(frames: Frames, count: u64) {
         if rest == 0 {
             break;
         }
-        unpreserve(block);
+        unpreserve_block(block);
         rest = rest.wrapping_sub(block.order().pages());
     }
 }
 
 /// Undoes [`preserve_frames`] for the same range.
 pub(crate) fn unpreserve_frames(frames: Frames) {
+    if let Some(page) = frames.only_page() {
+        return unpreserve_block(page);
+    }
     unpreserve_until(frames, frames.count());
 }
 
@@ -146,21 +165,20 @@ const NOTHING: &str = "nothing to restore: not preserved, or restored already";
 
 /// Restores a folio with the order it was preserved with; the caller has the only reference.
 /// [`None`] if none was preserved at `phys` or it has been restored.
+#[inline(always)]
 pub(crate) fn restore_folio(phys: u64) -> Option<*mut bindings::folio> {
-    let folio = || {
-        let page = Page::online(phys >> super::PAGE_SHIFT)?;
-        let order = page.order(Mark::Preserved)?;
-        // A range of pages may have been preserved in one block that is too large for a folio.
-        if order.get() > bindings::KHO_MAX_FOLIO_ORDER {
-            return None;
+    if let Some(page) = Page::online(phys >> super::PAGE_SHIFT) {
+        if let Some(order) = page.order(Mark::Preserved) {
+            // A range of pages may have been preserved in one block that is too large for a folio.
+            if order.get() <= bindings::KHO_MAX_FOLIO_ORDER
+                && page.turn(Mark::Preserved, Mark::Claimed, order)
+            {
+                return Some(page.into_folio(order));
+            }
         }
-        let order = page.turn(Mark::Preserved, Mark::Claimed)?;
-        Some(page.into_folio(order))
-    };
-    folio().or_else(|| {
-        kho_sys::complain(NOTHING, phys);
-        None
-    })
+    }
+    kho_sys::complain(NOTHING, phys);
+    None
 }
 
 /// What is done with each block of a range on its way to being restored.
@@ -194,7 +212,7 @@ fn walk(frames: Frames, step: Step) -> u64 {
         match step {
             Step::Check => {}
             Step::Claim | Step::Unclaim => {
-                if page.turn(from, to).is_none() {
+                if !page.turn(from, to, order) {
                     break;
                 }
             }
@@ -256,7 +274,7 @@ pub(crate) fn alloc_preserve(size: usize) -> Result<*mut c_void> {
     }
     // SAFETY: The folio is ours.
     let block = unsafe { kho_sys::folio_block(folio) };
-    match block.ok_or(EINVAL).and_then(preserve) {
+    match block.ok_or(EINVAL).and_then(preserve_block) {
         // SAFETY: The folio is ours.
         Ok(()) => Ok(unsafe { bindings::kho_glue_folio_address(folio) }),
         Err(error) => {

@@ -303,6 +303,7 @@ pub(crate) struct Page(NonNull<bindings::page>);
 
 impl Page {
     /// Returns the struct page of a frame that is online.
+    #[inline(always)]
     pub(crate) fn online(pfn: u64) -> Option<Self> {
         // SAFETY: Takes any number.
         let page = unsafe { bindings::kho_glue_pfn_to_online_page(pfn as usize) };
@@ -327,13 +328,16 @@ impl Page {
         self.0.as_ptr()
     }
 
-    fn private(&self) -> &AtomicUsize {
+    /// Returns `page->private`.
+    #[inline(always)]
+    pub(crate) fn private(&self) -> &AtomicUsize {
         // SAFETY: By the type invariant there is a struct page, and `private` is a word in it,
         // aligned as one. Nobody else uses that of preserved memory.
-        unsafe { AtomicUsize::from_ptr(bindings::kho_glue_page_private(self.as_ptr())) }
+        unsafe { &*self.as_ptr().byte_add(bindings::KHO_PAGE_PRIVATE).cast() }
     }
 
     /// Returns the order of the block that starts here, if it carries `mark`.
+    #[inline(always)]
     pub(crate) fn order(self, mark: Mark) -> Option<Order> {
         let private = self.private().load(Ordering::Relaxed);
         if private >> MARK_SHIFT != mark as usize {
@@ -348,24 +352,22 @@ impl Page {
         self.private().store(private, Ordering::Relaxed);
     }
 
-    /// Turns mark `from` into `to`; returns the order, or [`None`] if somebody else was faster.
-    pub(crate) fn turn(self, from: Mark, to: Mark) -> Option<Order> {
-        let order = self.order(from)?;
+    /// Turns mark `from` into `to` on a block of `order`; returns false if somebody else was
+    /// faster.
+    #[inline(always)]
+    pub(crate) fn turn(self, from: Mark, to: Mark, order: Order) -> bool {
         let word = |mark: Mark| (mark as usize) << MARK_SHIFT | order.get() as usize;
         self.private()
             .compare_exchange(word(from), word(to), Ordering::AcqRel, Ordering::Relaxed)
-            .ok()?;
-        Some(order)
+            .is_ok()
     }
 
     /// Makes the claimed block a folio that the caller has the only reference to.
+    #[inline(always)]
     pub(crate) fn into_folio(self, order: Order) -> *mut bindings::folio {
         self.private().store(0, Ordering::Relaxed);
         // SAFETY: The block was claimed, so that it is nobody else's; all of it was preserved.
-        unsafe {
-            bindings::kho_glue_init_folio(self.as_ptr(), order.get());
-            bindings::kho_glue_page_folio(self.as_ptr())
-        }
+        unsafe { bindings::kho_glue_init_folio(self.as_ptr(), order.get()) }
     }
 
     /// Makes the claimed block single pages that the caller has the only reference to.

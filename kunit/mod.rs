@@ -20,6 +20,7 @@ use super::{
     kho_state,
     PAGE_SHIFT, //
 };
+use core::sync::atomic::Ordering;
 use kernel::{
     bindings,
     prelude::*, //
@@ -99,7 +100,7 @@ impl Drop for Pages {
             unsafe {
                 for index in 0..self.count() as u64 {
                     if let Ok(page) = self.page(index) {
-                        kernel::bindings::kho_glue_page_private(page.as_ptr()).write(0);
+                        page.private().store(0, Ordering::Relaxed);
                     }
                 }
                 bindings::free_pages(kho_sys::virt::<c_void>(self.phys) as usize, self.order);
