@@ -10,7 +10,7 @@
 //!             kho_takeover kho_fdt kho_param         rules for what another kernel or a user says
 //!  policy     kho_pages kho_vmalloc                  preserve and restore memory
 //!             kho_kexec kho_state                    images; what is handed over, in and out
-//!  ring       kho_sys kho_memblock                   memory, libfdt; early boot
+//!  ring       kho_sys kho_memblock kho_withheld      memory, libfdt; early boot, takeover
 //!  C          kho_glue.h kho_glue.c                  exports, initcalls, inline functions
 //! ```
 //!
@@ -41,6 +41,7 @@ mod kho_state;
 mod kho_sys;
 mod kho_takeover;
 mod kho_vmalloc;
+mod kho_withheld;
 mod kho_word;
 #[cfg(CONFIG_KEXEC_HANDOVER_RUST_KUNIT_TEST)]
 #[path = "kunit/mod.rs"]
@@ -388,7 +389,7 @@ unsafe extern "C" fn kho_memory_init() {
     reason = "called once, from `mm_core_init()`"
 )]
 unsafe extern "C" fn kho_memory_init_free() {
-    kho_memblock::init_free();
+    kho_withheld::init_free();
 }
 
 #[export]
@@ -398,7 +399,7 @@ unsafe extern "C" fn kho_memory_init_free() {
     reason = "called once, from `page_alloc_init_late()`"
 )]
 unsafe extern "C" fn kho_memory_init_late() {
-    kho_memblock::init_late();
+    kho_withheld::init_late();
 }
 
 /// # Safety

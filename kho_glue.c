@@ -13,12 +13,16 @@
 #include <linux/init.h>
 #include <linux/kasan.h>
 #include <linux/kmemleak.h>
+#include <linux/kmsan.h>
 #include <linux/memory_hotplug.h>
+#include <linux/padata.h>
 #include <linux/page-isolation.h>
 #include <linux/percpu.h>
+#include <linux/pgalloc_tag.h>
 #include <linux/preempt.h>
 #include <linux/workqueue.h>
 
+#include "../../../mm/page_alloc.h"
 #include "kho_glue.h"
 
 static_assert(KHO_SCRATCH_ALIGN >= CMA_MIN_ALIGNMENT_BYTES);
@@ -107,10 +111,90 @@ struct folio *kho_glue_init_folio(struct page *page, unsigned int order)
 	return (struct folio *)page;
 }
 
+/* A page of memblock's that outlived it is a reserved one. */
+void kho_glue_free_page(phys_addr_t phys)
+{
+	struct page *page = phys_to_page(phys);
+
+	if (PageReserved(page))
+		free_reserved_page(page);
+	else
+		__free_page(page);
+}
+
 void __init kho_glue_init_cma(unsigned long pfn, unsigned long nr_pages)
 {
 	for (unsigned long i = 0; i < nr_pages; i += pageblock_nr_pages)
 		init_cma_reserved_pageblock(pfn_to_page(pfn + i));
+}
+
+/* memory that takeover withholds */
+
+unsigned long __init kho_glue_first_deferred(int nid)
+{
+#ifdef CONFIG_DEFERRED_STRUCT_PAGE_INIT
+	return NODE_DATA(nid)->first_deferred_pfn;
+#else
+	return ULONG_MAX;
+#endif
+}
+
+/* Only the last zone of a node is deferred. */
+void __init kho_glue_init_deferred(struct page *page, unsigned long pfn, int nid)
+{
+#ifdef WANT_PAGE_VIRTUAL
+#error "a struct page is more than its zone and node say"
+#endif
+	__init_single_page(page, pfn, NODE_DATA(nid)->nr_zones - 1, nid);
+}
+
+void __init kho_glue_init_pageblocks(unsigned long pfn, unsigned long nr_pages)
+{
+	for (unsigned long i = 0; i < nr_pages; i += pageblock_nr_pages)
+		init_pageblock_migratetype(pfn_to_page(pfn + i), MIGRATE_MOVABLE, false);
+}
+
+/* As memblock_free_pages(), whether or not deferred memory has been reached. */
+void __init kho_glue_free_block(unsigned long pfn, unsigned int order)
+{
+	struct page *page = pfn_to_page(pfn);
+
+	if (!kmsan_memblock_free_pages(page, order))
+		return;
+	clear_page_tag_ref(page);
+	__free_pages_core(page, order, MEMINIT_EARLY);
+}
+
+void __init kho_glue_add_totalram(unsigned long nr_pages)
+{
+	totalram_pages_add(nr_pages);
+}
+
+void __init kho_glue_node_span(int nid, unsigned long *start_pfn, unsigned long *end_pfn)
+{
+	*start_pfn = node_start_pfn(nid);
+	*end_pfn = node_end_pfn(nid);
+}
+
+void __init kho_glue_in_parallel(void (*fn)(unsigned long start, unsigned long end, void *arg),
+				 unsigned long start, unsigned long end, unsigned long align)
+{
+	struct padata_mt_job job = {
+		.thread_fn   = fn,
+		.start       = start,
+		.size        = end - start,
+		.align       = align,
+		.min_chunk   = align,
+		.max_threads = num_online_cpus(),
+		.numa_aware  = true,
+	};
+
+	padata_do_multithreaded(&job);
+}
+
+void __init kho_glue_cond_resched(void)
+{
+	cond_resched();
 }
 
 /* folios */

@@ -40,6 +40,7 @@ const unsigned int RUST_CONST_HELPER_KHO_MAX_PAGE_ORDER = MAX_PAGE_ORDER;
 const unsigned int RUST_CONST_HELPER_KHO_MAX_FOLIO_ORDER = MAX_FOLIO_ORDER;
 const size_t RUST_CONST_HELPER_KHO_PAGE_PRIVATE = offsetof(struct page, private);
 const unsigned int RUST_CONST_HELPER_KHO_MAX_NODES = MAX_NUMNODES;
+const size_t RUST_CONST_HELPER_KHO_PAGE_LRU = offsetof(struct page, lru);
 #endif
 
 /* A folio as the tree knows it; both words are returned in registers. */
@@ -61,7 +62,19 @@ int kho_glue_pfn_to_nid(unsigned long pfn);
 int kho_glue_early_pfn_to_nid(unsigned long pfn);
 void kho_glue_init_pages(struct page *page, unsigned long nr_pages);
 struct folio *kho_glue_init_folio(struct page *page, unsigned int order);
+void kho_glue_free_page(phys_addr_t phys);
 void kho_glue_init_cma(unsigned long pfn, unsigned long nr_pages);
+
+/* memory that takeover withholds */
+unsigned long kho_glue_first_deferred(int nid);
+void kho_glue_init_deferred(struct page *page, unsigned long pfn, int nid);
+void kho_glue_init_pageblocks(unsigned long pfn, unsigned long nr_pages);
+void kho_glue_free_block(unsigned long pfn, unsigned int order);
+void kho_glue_add_totalram(unsigned long nr_pages);
+void kho_glue_node_span(int nid, unsigned long *start_pfn, unsigned long *end_pfn);
+void kho_glue_in_parallel(void (*fn)(unsigned long start, unsigned long end, void *arg),
+			  unsigned long start, unsigned long end, unsigned long align);
+void kho_glue_cond_resched(void);
 
 /* folios */
 struct kho_glue_folio kho_glue_folio(struct folio *folio);

@@ -202,6 +202,14 @@ impl Key {
         self.0
     }
 
+    /// Returns a frame's number, or that of a larger block, as the key it has in a set of such
+    /// numbers. Numbers of frames that do not exist wrap around.
+    #[inline]
+    pub(crate) const fn of_frame(number: u64) -> Self {
+        // INVARIANT: The mask leaves `PFN_BITS` bits.
+        Self(number & ((1 << PFN_BITS) - 1))
+    }
+
     /// Returns the key of `block`.
     #[inline]
     pub(crate) const fn of(block: Block) -> Self {

@@ -5,9 +5,10 @@
 //! ```text
 //!  setup_arch()          populate()        a handover is found: memblock allocates from
 //!                                          scratch only from now on
-//!  mm_core_init_early()  init_early()      the tree is surveyed; what lies away from it and
-//!                                          from preserved memory may be allocated, too
-//!  mm_core_init()        init()            takeover; or, on a cold boot, scratch is reserved
+//!  mm_core_init_early()  init_early()      the handover is checked; what lies away from it may be
+//!                                          allocated, too
+//!  mm_core_init()        init()            takeover, see kho_withheld; or, on a cold boot, scratch
+//!                                          is reserved
 //!  fs_initcall           open_scratch()    reserved scratch goes to the page allocator, for
 //!                                          movable memory only
 //! ```
@@ -18,41 +19,31 @@
 //! Everything here is `__init`; it runs on one CPU, before there is anything else.
 
 use super::kho_fdt::FdtError;
-use super::kho_key::{
-    Block,
-    Key,
-    Order,
-    Pfn, //
-};
+use super::kho_key::Pfn;
 use super::kho_param::{
     self,
     Scratch, //
 };
-use super::kho_radix::{
-    NodeAddr,
-    Tree, //
-};
+use super::kho_radix::NodeAddr;
 use super::kho_range::Frames;
 use super::kho_state;
 use super::kho_sys::{
     self,
-    Direct,
-    Fdt,
-    Mark,
-    Page, //
+    Fdt, //
 };
 use super::kho_takeover::{
-    self,
-    Census,
     Machine,
     Refusal, //
+};
+use super::kho_withheld::{
+    Ranges,
+    Takeover, //
 };
 use super::PAGE_SHIFT;
 use core::{
     mem::size_of,
     sync::atomic::{
         AtomicBool,
-        AtomicU64,
         Ordering, //
     },
 };
@@ -65,20 +56,14 @@ use kernel::{
 /// its reach whatever the alignment. A root FDT has one page.
 const EARLY_MAX: u64 = 128 * 1024;
 
-/// Scratch is extended by whole blocks of this order, 1 GiB: coarse enough to be quick on large
-/// machines, and of no use on small ones.
-const GRAIN: Order = match Order::new(30 - PAGE_SHIFT) {
-    Some(order) => order,
-    None => Order::ZERO,
-};
+/// Scratch is extended by whole blocks of this size: coarse enough to be quick on large machines,
+/// and of no use on small ones.
+const GRAIN: u64 = 1 << 30;
 
 /// What `kho_scratch=` asks for.
 // Only `parse_scratch()` writes it and only `reserve_scratch()` reads it.
 #[link_section = ".init.data"]
 static mut SCRATCH: Scratch = Scratch::DEFAULT;
-
-/// Physical address of the root of the tree that was handed over and found sound; 0 if none.
-static IN_TREE: AtomicU64 = AtomicU64::new(0);
 
 /// The size of the memory with the FDT that was handed over, and the physical address of the table
 /// of scratch areas.
@@ -86,10 +71,10 @@ static IN_TREE: AtomicU64 = AtomicU64::new(0);
 #[link_section = ".init.data"]
 static mut HANDED: (u64, u64) = (0, 0);
 
-/// What was found in that tree, and the number of its nodes.
-// Only `survey()` writes it and only `take_over()` reads it.
+/// What was handed over and found sound.
+// Only `init_early()` writes it and only `init()` reads it.
 #[link_section = ".init.data"]
-static mut FOUND: Option<(Census, u64)> = None;
+static mut FOUND: Option<Takeover> = None;
 
 /// Whether this kernel runs in the scratch areas that it was handed.
 static INHERITED: AtomicBool = AtomicBool::new(false);
@@ -138,7 +123,6 @@ pub(crate) unsafe fn parse_scratch(arg: *const c_char) {
 fn refuse((what, at): (&str, u64)) {
     pr_err!("handover refused: {what} ({at:#x})\n");
     kho_state::set_handover(0);
-    IN_TREE.store(0, Ordering::Relaxed);
     if INHERITED.load(Ordering::Relaxed) {
         // No memory needs to be spared any more.
         // SAFETY: Early boot.
@@ -280,10 +264,14 @@ pub(crate) fn init_early() {
         Ok(root) => root,
         Err(error) => return refuse((error.what(), fdt)),
     };
-    if let Err(refusal) = survey(root, fdt) {
-        return refuse(refusal.what());
+    match Takeover::read(root, Pfn::containing(fdt)) {
+        Ok(takeover) => {
+            extend(takeover.busy());
+            // SAFETY: Early boot; see the static.
+            unsafe { FOUND = Some(takeover) };
+        }
+        Err(refusal) => refuse(refusal.what()),
     }
-    IN_TREE.store(root.get(), Ordering::Relaxed);
 }
 
 /// Makes scratch areas memory as any other.
@@ -295,55 +283,17 @@ fn unmark(areas: &[bindings::kho_scratch]) {
     }
 }
 
+/// Lets memblock allocate from all memory away from `busy`, runs of frames in ascending order.
 #[link_section = ".init.text"]
-fn survey(root: NodeAddr, fdt: u64) -> Result<(), Refusal> {
-    // SAFETY: For trees that are made here, and one that is surveyed first.
-    let direct = || unsafe { Direct::new() };
-    let machine = Memblock::new();
-    let tree = Tree::from_root(direct(), root);
-
-    let seen = Tree::new(direct())?;
-    let nodes = kho_takeover::survey(&tree, &machine, &seen);
-    seen.destroy();
-    let nodes = nodes?;
-    // All that can be wrong with it is found now: soon there will be users of what was handed over.
-    let census = kho_takeover::check(&tree, &machine)?;
-    if !kho_takeover::holds(&tree, Pfn::containing(fdt)) {
-        return Err(Refusal::Fdt(fdt));
-    }
-    // SAFETY: Early boot; see the static.
-    unsafe { FOUND = Some((census, nodes)) };
-
-    // Nothing in an empty node is worth keeping memory free for. The memory of the nodes is free
-    // already, as far as memblock knows.
-    tree.prune(false);
-
-    // Without more scratch there is less room to allocate from, that is all.
-    let Ok(blocks) = Tree::new(direct()) else {
-        pr_warn!("failed to extend scratch: no memory\n");
-        return Ok(());
-    };
-    match kho_takeover::busy(&tree, GRAIN, &blocks) {
-        Ok(()) => extend(&blocks),
-        Err(_) => pr_warn!("failed to extend scratch: no memory\n"),
-    }
-    blocks.destroy();
-    Ok(())
-}
-
-/// Marks all memory as scratch but the blocks in `busy`.
-#[link_section = ".init.text"]
-fn extend(busy: &Tree<Direct>) {
-    let size = GRAIN.pages() << PAGE_SHIFT;
-    // SAFETY: Early boot.
-    let dram_end = unsafe { bindings::memblock_end_of_DRAM() };
+fn extend(busy: Ranges<'_>) {
     let mut free_from = 0u64;
-    for run in busy.runs_between((Key::MIN, Key::MAX)) {
-        let start = run.first.get().saturating_mul(size);
-        mark_scratch(free_from, start);
-        free_from = start.saturating_add(run.count.saturating_mul(size));
+    for frames in busy {
+        mark_scratch(free_from, frames.phys() & !(GRAIN - 1));
+        let end = frames.phys().saturating_add(frames.bytes());
+        free_from = end.checked_next_multiple_of(GRAIN).unwrap_or(u64::MAX);
     }
-    mark_scratch(free_from, dram_end);
+    // SAFETY: Early boot.
+    mark_scratch(free_from, unsafe { bindings::memblock_end_of_DRAM() });
 }
 
 #[link_section = ".init.text"]
@@ -373,91 +323,73 @@ pub(crate) fn init() {
         }
         return;
     }
-    if let Some(root) = NodeAddr::new(IN_TREE.load(Ordering::Relaxed)) {
-        if let Err(refusal) = take_over(root) {
+    // SAFETY: Early boot; see the static.
+    if let Some(takeover) = unsafe { (&raw mut FOUND).replace(None) } {
+        if let Err(refusal) = take_over(takeover) {
             refuse(refusal.what());
         }
     }
 }
 
 #[link_section = ".init.text"]
-fn take_over(root: NodeAddr) -> Result<(), Refusal> {
-    // SAFETY: Early boot; see the static.
-    let found = unsafe { (&raw mut FOUND).replace(None) };
-    let Some((census, nodes)) = found else {
-        return Ok(());
-    };
+fn take_over(takeover: Takeover) -> Result<(), Refusal> {
     // SAFETY: May be called at any time.
     let start = unsafe { bindings::kho_glue_cycles() };
-    // SAFETY: It was surveyed.
-    let tree = Tree::from_root(unsafe { Direct::new() }, root);
-    kho_takeover::apply(&tree, &mut Memblock::new(), &census)?;
+    let takeover = takeover.take()?;
     // SAFETY: As above.
     let cycles = unsafe { bindings::kho_glue_cycles() }.wrapping_sub(start);
 
-    if let Some(pfn) = census.overlap {
+    if let Some(pfn) = takeover.census.overlap {
         kho_sys::complain(
             "memory was preserved twice, only the larger block can be restored",
             pfn << PAGE_SHIFT,
         );
     }
     let mut blocks = 0u64;
-    for (order, count) in census.orders() {
+    for (order, count) in takeover.census.orders() {
         blocks = blocks.wrapping_add(count);
         pr_info!("takeover: order {}: {} blocks\n", order.get(), count);
     }
     pr_info!(
         "takeover: {} blocks in {} runs, {} pages, {} tree nodes, {} cycles\n",
         blocks,
-        census.ranges,
-        census.frames,
-        nodes,
+        takeover.ranges,
+        takeover.census.frames,
+        takeover.node_count,
         cycles
     );
     Ok(())
 }
 
-/// Gives what is not preserved to the page allocator, where struct pages are not deferred.
-#[link_section = ".init.text"]
-pub(crate) fn init_free() {}
-
-/// Gives the rest of what is not preserved to the page allocator.
-#[link_section = ".init.text"]
-pub(crate) fn init_late() {}
-
 /// The machine as memblock knows it.
-struct Memblock {
-    ram_end: u64,
+pub(crate) struct Memblock;
+
+/// Returns the regions of a list of memblock's, sorted by address and disjoint.
+///
+/// # Safety
+///
+/// While there is memblock. The list must not be changed while the result is in use.
+#[link_section = ".init.text"]
+unsafe fn regions(
+    list: *const bindings::memblock_type,
+) -> &'static [bindings::memblock_region] {
+    // SAFETY: By the caller's contract.
+    unsafe { core::slice::from_raw_parts((*list).regions, (*list).cnt) }
 }
 
-impl Memblock {
-    #[link_section = ".init.text"]
-    fn new() -> Self {
-        Self {
-            // SAFETY: Early boot.
-            ram_end: unsafe { bindings::memblock_end_of_DRAM() } >> PAGE_SHIFT,
-        }
-    }
-}
-
-/// Returns the regions of memory, sorted by address and disjoint.
+/// Returns the regions of memory.
 #[link_section = ".init.text"]
 fn memory() -> &'static [bindings::memblock_region] {
-    // SAFETY: Early boot: nobody else changes the regions, and no caller keeps the slice while
-    // it does so itself.
-    unsafe {
-        let memory = &raw const bindings::memblock.memory;
-        core::slice::from_raw_parts((*memory).regions, (*memory).cnt)
-    }
+    // SAFETY: Early boot; no caller changes them while it has the slice.
+    unsafe { regions(&raw const bindings::memblock.memory) }
 }
 
-/// Returns whether all of `frames` is memory, in however many regions.
+/// Returns the regions that end after `at`.
 #[link_section = ".init.text"]
-fn is_memory(frames: Frames) -> bool {
-    let regions = memory();
-    let mut at = frames.phys();
-    let end = at.saturating_add(frames.bytes());
-    // The first region that ends after the start.
+fn after(
+    regions: &'static [bindings::memblock_region],
+    at: u64,
+) -> &'static [bindings::memblock_region] {
     let mut below = 0usize;
     let mut above = regions.len();
     while below < above {
@@ -469,10 +401,23 @@ fn is_memory(frames: Frames) -> bool {
             _ => above = middle,
         }
     }
-    for region in regions.iter().skip(below) {
-        // What is not in the direct map cannot be preserved, nor hold a node.
-        let mapped = region.flags & bindings::memblock_flags_MEMBLOCK_NOMAP == 0;
-        if at >= end || region.base > at || !mapped {
+    regions.get(below..).unwrap_or(&[])
+}
+
+/// Returns whether a region is memory in the direct map. What is not cannot be preserved, nor hold
+/// a node.
+#[link_section = ".init.text"]
+fn is_mapped(region: &bindings::memblock_region) -> bool {
+    region.flags & bindings::memblock_flags_MEMBLOCK_NOMAP == 0
+}
+
+/// Returns whether all of `frames` is memory, in however many regions.
+#[link_section = ".init.text"]
+fn is_memory(frames: Frames) -> bool {
+    let mut at = frames.phys();
+    let end = at.saturating_add(frames.bytes());
+    for region in after(memory(), at) {
+        if at >= end || region.base > at || !is_mapped(region) {
             break;
         }
         at = region.base.saturating_add(region.size);
@@ -480,77 +425,173 @@ fn is_memory(frames: Frames) -> bool {
     at >= end
 }
 
-impl Machine for Memblock {
-    fn ram_end(&self) -> u64 {
-        self.ram_end
-    }
+/// Returns the regions of memory as frames, ascending.
+#[link_section = ".init.text"]
+pub(crate) fn memory_frames() -> MemoryFrames {
+    MemoryFrames { rest: memory() }
+}
+
+/// See [`memory_frames`].
+pub(crate) struct MemoryFrames {
+    rest: &'static [bindings::memblock_region],
+}
+
+impl Iterator for MemoryFrames {
+    type Item = Frames;
 
     #[link_section = ".init.text"]
-    fn is_ram(&self, frames: Frames) -> bool {
-        is_memory(frames)
-    }
-
-    fn in_scratch(&self, frames: Frames) -> bool {
-        kho_sys::in_scratch(frames.phys(), frames.bytes())
-    }
-
-    #[link_section = ".init.text"]
-    fn reserve(&mut self, frames: Frames) -> Result<(), i32> {
-        let (phys, size) = (frames.phys(), frames.bytes());
-        // In two steps, because memblock does not take a range with flags of which part is
-        // reserved without.
-        // SAFETY: Early boot.
-        unsafe {
-            let none = bindings::NUMA_NO_NODE;
-            let error = bindings::__memblock_reserve(phys, size, none, 0);
-            if error != 0 {
-                return Err(error);
-            }
-            match bindings::memblock_reserved_mark_noinit(phys, size) {
-                0 => Ok(()),
-                error => {
-                    bindings::memblock_phys_free(phys, size);
-                    Err(error)
-                }
-            }
-        }
-    }
-
-    #[link_section = ".init.text"]
-    fn release(&mut self, frames: Frames) {
-        // SAFETY: Early boot.
-        unsafe { bindings::memblock_phys_free(frames.phys(), frames.bytes()) };
-    }
-
-    #[link_section = ".init.text"]
-    fn adopt(&mut self, first: Block, count: u64) {
-        let order = first.order();
-        let mut pfn = first.pfn().get();
-        for _ in 0..count {
-            init_pages(pfn, order);
-            // SAFETY: It is RAM.
-            if let Some(page) = unsafe { Page::of(pfn) } {
-                page.mark(Mark::Preserved, order);
-            }
-            // OVERFLOW: The blocks are in RAM.
-            pfn = pfn.wrapping_add(order.pages());
-        }
+    fn next(&mut self) -> Option<Frames> {
+        let (first, rest) = self.rest.split_first()?;
+        self.rest = rest;
+        Some(inside(first.base, first.base.saturating_add(first.size)))
     }
 }
 
-/// Initialises the struct pages of a block if that is deferred: what initialises them later spares
-/// reserved memory.
+/// Returns the frames that lie wholly in a range of addresses.
 #[link_section = ".init.text"]
-fn init_pages(pfn: u64, order: Order) {
-    if cfg!(CONFIG_DEFERRED_STRUCT_PAGE_INIT) {
-        // SAFETY: Early boot, and the block is RAM, on one node.
-        unsafe {
-            let nid = bindings::kho_glue_early_pfn_to_nid(pfn as usize);
-            for i in 0..order.pages() {
-                bindings::init_deferred_page(pfn.wrapping_add(i) as usize, nid);
+fn inside(start: u64, end: u64) -> Frames {
+    let page = (1u64 << PAGE_SHIFT).wrapping_sub(1);
+    let start = start.saturating_add(page) & !page;
+    let size = (end & !page).saturating_sub(start);
+    Frames::exact(start, size).unwrap_or(Frames::EMPTY)
+}
+
+impl Machine for Memblock {
+    #[link_section = ".init.text"]
+    fn ram_end(&self) -> u64 {
+        // SAFETY: Early boot.
+        unsafe { bindings::memblock_end_of_DRAM() >> PAGE_SHIFT }
+    }
+
+    #[link_section = ".init.text"]
+    fn room(&self, pfn: u64) -> Option<Frames> {
+        let at = pfn.checked_mul(1 << PAGE_SHIFT)?;
+        let region = after(memory(), at).first()?;
+        if region.base > at || !is_mapped(region) {
+            return None;
+        }
+        let (mut start, mut end) = (region.base, region.base.saturating_add(region.size));
+        for area in kho_sys::scratch() {
+            let area_end = area.addr.saturating_add(area.size);
+            // C hands over empty areas.
+            if area.size == 0 {
+                continue;
+            }
+            if area_end <= at {
+                start = start.max(area_end);
+            } else if area.addr > at {
+                end = end.min(area.addr);
+            } else {
+                return None;
             }
         }
+        let room = inside(start, end);
+        (room.start()..room.end()).contains(&pfn).then_some(room)
     }
+}
+
+/// Returns whether all of `frames` is RAM of one node that nobody has reserved, outside scratch.
+#[link_section = ".init.text"]
+pub(crate) fn is_free(frames: Frames) -> bool {
+    let room = Memblock.room(frames.start()).unwrap_or(Frames::EMPTY);
+    frames.end() <= room.end() && !is_reserved(frames)
+}
+
+/// Returns whether any of `frames` is reserved.
+#[link_section = ".init.text"]
+pub(crate) fn is_reserved(frames: Frames) -> bool {
+    // SAFETY: Early boot; nothing is reserved here.
+    let reserved = unsafe { regions(&raw const bindings::memblock.reserved) };
+    let end = frames.phys().saturating_add(frames.bytes());
+    let first = after(reserved, frames.phys()).first();
+    first.is_some_and(|region| region.base < end)
+}
+
+/// Returns the first frames of `frames` that are RAM outside scratch and that nobody has reserved:
+/// as many as follow each other on one node.
+#[link_section = ".init.text"]
+pub(crate) fn first_free(frames: Frames) -> Option<Frames> {
+    let mut at = frames.start();
+    while at < frames.end() {
+        let rest = frames.tail(at.wrapping_sub(frames.start()));
+        let room = Memblock.room(at).unwrap_or(Frames::EMPTY).both(rest);
+        let free = unreserved(room);
+        if free.count() > 0 {
+            return Some(free);
+        }
+        at = at.wrapping_add(room.count().max(1));
+    }
+    None
+}
+
+/// Returns the first frames of `frames` that nobody has reserved.
+#[link_section = ".init.text"]
+fn unreserved(frames: Frames) -> Frames {
+    // SAFETY: Early boot; nothing is reserved here.
+    let reserved = unsafe { regions(&raw const bindings::memblock.reserved) };
+    let mut at = frames.phys();
+    let end = at.saturating_add(frames.bytes());
+    for region in after(reserved, at) {
+        let free = inside(at, region.base.min(end));
+        if free.count() > 0 {
+            return free;
+        }
+        at = region.base.saturating_add(region.size);
+        if at >= end {
+            return Frames::EMPTY;
+        }
+    }
+    inside(at, end)
+}
+
+/// Returns how many frames outside scratch nobody has reserved.
+#[link_section = ".init.text"]
+pub(crate) fn free_frames() -> u64 {
+    let mut count = 0u64;
+    for memory in memory_frames() {
+        let mut rest = memory;
+        while let Some(free) = first_free(rest) {
+            count = count.wrapping_add(free.count());
+            rest = rest.tail(free.end().wrapping_sub(rest.start()));
+        }
+    }
+    count
+}
+
+/// Keeps `frames` from the page allocator and from whoever initialises struct pages.
+#[link_section = ".init.text"]
+pub(crate) fn reserve(frames: Frames) -> Result<(), Refusal> {
+    if frames.count() == 0 {
+        return Ok(());
+    }
+    // SAFETY: Early boot.
+    let error = unsafe {
+        let none = bindings::NUMA_NO_NODE;
+        bindings::__memblock_reserve(frames.phys(), frames.bytes(), none, 0)
+    };
+    match error {
+        0 => mark_noinit(frames),
+        error => Err(Refusal::Reserve(frames, error)),
+    }
+}
+
+/// Keeps `frames`, as far as they are reserved, from whoever initialises struct pages.
+// A step of its own, because memblock does not take a range with flags of which part is reserved
+// without.
+#[link_section = ".init.text"]
+pub(crate) fn mark_noinit(frames: Frames) -> Result<(), Refusal> {
+    // SAFETY: Early boot.
+    match unsafe { bindings::memblock_reserved_mark_noinit(frames.phys(), frames.bytes()) } {
+        0 => Ok(()),
+        error => Err(Refusal::Reserve(frames, error)),
+    }
+}
+
+/// Undoes [`reserve`].
+#[link_section = ".init.text"]
+pub(crate) fn release(frames: Frames) {
+    // SAFETY: Early boot.
+    unsafe { bindings::memblock_phys_free(frames.phys(), frames.bytes()) };
 }
 
 /// Finds memory for the scratch areas, and reserves it.
@@ -598,7 +639,7 @@ fn reserve_scratch() -> Result {
 
 /// Returns the next node with memory after `nid`, or `NUMA_NO_NODE`.
 #[link_section = ".init.text"]
-fn next_node(nid: c_int) -> c_int {
+pub(crate) fn next_node(nid: c_int) -> c_int {
     // SAFETY: May be called at any time.
     unsafe { bindings::kho_glue_next_memory_node(nid) }
 }

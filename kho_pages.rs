@@ -27,6 +27,7 @@ use super::kho_sys::{
     Mark,
     Page, //
 };
+use super::kho_withheld;
 use kernel::{
     bindings,
     prelude::*,
@@ -167,6 +168,9 @@ const NOTHING: &str = "nothing to restore: not preserved, or restored already";
 /// [`None`] if none was preserved at `phys` or it has been restored.
 #[inline(always)]
 pub(crate) fn restore_folio(phys: u64) -> Option<*mut bindings::folio> {
+    if kho_withheld::is_pending() {
+        settle_folio(phys);
+    }
     if let Some(page) = Page::online(phys >> super::PAGE_SHIFT) {
         if let Some(order) = page.order(Mark::Preserved) {
             // A range of pages may have been preserved in one block that is too large for a folio.
@@ -179,6 +183,24 @@ pub(crate) fn restore_folio(phys: u64) -> Option<*mut bindings::folio> {
     }
     kho_sys::complain(NOTHING, phys);
     None
+}
+
+/// Has the struct pages of a folio initialised, as far as that is still to be done.
+#[cold]
+#[inline(never)]
+fn settle_folio(phys: u64) {
+    let settle = |size| {
+        if let Some(frames) = Frames::covering(phys, size) {
+            kho_withheld::settle(frames);
+        }
+    };
+    settle(1);
+    let page = Page::online(phys >> super::PAGE_SHIFT);
+    if let Some(order) = page.and_then(|page| page.order(Mark::Preserved)) {
+        if order.get() <= bindings::KHO_MAX_FOLIO_ORDER {
+            settle(order.pages() << super::PAGE_SHIFT);
+        }
+    }
 }
 
 /// What is done with each block of a range on its way to being restored.
@@ -232,6 +254,7 @@ pub(crate) fn all(frames: Frames, step: Step) -> bool {
     if step == Step::Claim && !all(frames, Step::Check) {
         return false;
     }
+    kho_withheld::settle(frames);
     let done = walk(frames, step);
     if done == frames.count() {
         return true;

@@ -51,7 +51,6 @@
 
 use super::kho_key::{
     Key,
-    Order,
     KEY_BITS, //
 };
 use super::kho_word::Word;
@@ -75,10 +74,10 @@ pub(crate) const DEPTH: u32 = (KEY_BITS - LEAF_BITS).div_ceil(TABLE_BITS) + 1;
 const ROOT: u32 = DEPTH - 1;
 
 /// Words in a node.
-const WORDS: usize = 1 << TABLE_BITS;
+pub(crate) const WORDS: u64 = 1 << TABLE_BITS;
 
 /// Bits in a word.
-const WORD_BITS: u64 = u64::BITS as u64;
+pub(crate) const WORD_BITS: u64 = u64::BITS as u64;
 
 /// Bits, and so keys, in a leaf.
 const LEAF_SIZE: u64 = 1 << LEAF_BITS;
@@ -86,22 +85,22 @@ const LEAF_SIZE: u64 = 1 << LEAF_BITS;
 /// A node: a table of physical addresses, or a leaf's bitmap.
 #[repr(C)]
 pub(crate) struct Node {
-    words: [Word; WORDS],
+    words: [Word; WORDS as usize],
 }
 
 impl Node {
     /// Returns the word at `index`, which wraps around: no index is out of bounds.
     #[inline(always)]
-    fn word(&self, index: u64) -> &Word {
+    pub(crate) fn word(&self, index: u64) -> &Word {
         // BOUNDS: The mask is the array's length less one.
-        &self.words[index as usize & (WORDS - 1)]
+        &self.words[(index & (WORDS - 1)) as usize]
     }
 
     /// Returns whether no bit is set and no entry is used, looking at the words around `near`
     /// first: who empties a leaf in either direction finds the words that are still used there.
     #[inline(never)]
     fn is_empty(&self, near: u64) -> bool {
-        (0..=WORDS as u64 / 2).all(|i| {
+        (0..=WORDS / 2).all(|i| {
             let (up, down) = (near.wrapping_add(i), near.wrapping_sub(i));
             self.word(up).load() == 0 && self.word(down).load() == 0
         })
@@ -117,7 +116,7 @@ impl Node {
         let mut word = self.word(index).load() & u64::MAX.wrapping_shl(from as u32);
         while word == 0 {
             index = index.wrapping_add(1);
-            if index >= WORDS as u64 {
+            if index >= WORDS {
                 return None;
             }
             word = self.word(index).load();
@@ -128,7 +127,7 @@ impl Node {
         // A run that reaches the end of its word may go on in the next one.
         while first.wrapping_add(count) % WORD_BITS == 0 {
             index = index.wrapping_add(1);
-            if index >= WORDS as u64 {
+            if index >= WORDS {
                 break;
             }
             let more = self.word(index).load().trailing_ones();
@@ -138,6 +137,39 @@ impl Node {
             count = count.wrapping_add(more.into());
         }
         Some((first, count))
+    }
+
+    /// Returns the first run of clear bits at or after bit `from`: its first bit, and how many.
+    #[link_section = ".init.text"]
+    pub(crate) fn clear_run(&self, from: u64) -> Option<(u64, u64)> {
+        let mut start = from;
+        while let Some((first, count)) = self.run_from(start) {
+            if first > start {
+                return Some((start, first.wrapping_sub(start)));
+            }
+            start = first.wrapping_add(count);
+        }
+        let count = LEAF_SIZE.checked_sub(start).filter(|count| *count > 0)?;
+        Some((start, count))
+    }
+
+    /// Sets `count` bits from bit `from` on, while nobody else uses the node; returns how many
+    /// were set before.
+    #[link_section = ".init.text"]
+    pub(crate) fn fill(&self, from: u64, count: u64) -> u64 {
+        let end = from.saturating_add(count).min(LEAF_SIZE);
+        let (mut at, mut again) = (from, 0u64);
+        while at < end {
+            let bits = (WORD_BITS - at % WORD_BITS).min(end.wrapping_sub(at));
+            let mask = u64::MAX.wrapping_shr(WORD_BITS.wrapping_sub(bits) as u32);
+            let mask = mask.wrapping_shl(at as u32);
+            let word = self.word(at / WORD_BITS);
+            let old = word.load();
+            word.store(old | mask);
+            again = again.wrapping_add((old & mask).count_ones().into());
+            at = at.wrapping_add(bits);
+        }
+        again
     }
 
     /// Returns the runs of set bits, in ascending order, each as its first bit and how many.
@@ -399,9 +431,9 @@ impl<M: NodeMem> Tree<M> {
         self.root
     }
 
-    /// Returns the leaf for `key` and where it is, or the level and entry where the way to it ends.
+    /// Returns where the leaf for `key` is, or the level and entry where the way to it ends.
     #[inline(always)]
-    fn find(&self, key: Key) -> Result<(&Node, NodeAddr), (u32, &Word)> {
+    fn locate(&self, key: Key) -> Result<NodeAddr, (u32, &Word)> {
         let mut addr = self.root;
         let mut level = ROOT;
         while level > 0 {
@@ -409,17 +441,23 @@ impl<M: NodeMem> Tree<M> {
             addr = NodeAddr::new(entry.follow()).ok_or((level, entry))?;
             level = level.wrapping_sub(1);
         }
-        Ok((self.mem.node(addr), addr))
+        Ok(addr)
+    }
+
+    /// Returns the leaf for `key`, or the level and entry where the way to it ends.
+    #[inline(always)]
+    fn find(&self, key: Key) -> Result<&Node, (u32, &Word)> {
+        self.locate(key).map(|addr| self.mem.node(addr))
     }
 
     /// Finds the leaf for `key` as [`Tree::find`], and notes it.
     #[inline(always)]
     fn search(&self, pass: &M::Pass<'_>, key: Key) -> Result<&Node, (u32, &Word)> {
-        let (leaf, addr) = self.find(key)?;
+        let addr = self.locate(key)?;
         // INVARIANT: It has just been found. No node is taken away during the pass, and the
         // generation changes before any is.
         pass.hint().note(pass.generation(), self.root, key, addr);
-        Ok(leaf)
+        Ok(self.mem.node(addr))
     }
 
     /// Adds `key`; returns whether it is new. May sleep.
@@ -457,7 +495,7 @@ impl<M: NodeMem> Tree<M> {
             let missing = {
                 let _pass = self.mem.enter();
                 match self.find(key) {
-                    Ok((leaf, _)) => return Ok(set(leaf, key)),
+                    Ok(leaf) => return Ok(set(leaf, key)),
                     Err((level, entry)) => match stock.link(level, key) {
                         None => level,
                         Some(top) => {
@@ -496,29 +534,44 @@ impl<M: NodeMem> Tree<M> {
         }
     }
 
+    /// Returns the leaf that has room for `key`, if there is one.
+    pub(crate) fn find_leaf(&self, key: Key) -> Option<&Node> {
+        self.find(key).ok()
+    }
+
+    /// Returns the leaf that has room for `key`, made if need be. Nobody else may be in the tree.
+    pub(crate) fn leaf(&self, key: Key) -> Result<&Node, NoMemory> {
+        if let Ok(leaf) = self.find(key) {
+            return Ok(leaf);
+        }
+        self.add(key)?;
+        let leaf = self.find(key).map_err(|_| NoMemory)?;
+        leaf.word(leaf_index(key)).store(0);
+        Ok(leaf)
+    }
+
     /// Returns whether `key` is in the tree.
     pub(crate) fn contains(&self, key: Key) -> bool {
         self.find(key)
-            .is_ok_and(|(leaf, _)| leaf.word(leaf_index(key)).load() & leaf_mask(key) != 0)
+            .is_ok_and(|leaf| leaf.word(leaf_index(key)).load() & leaf_mask(key) != 0)
     }
 
     /// Returns the first leaf that may hold keys from `from` to `last`, and the first key it has
     /// room for.
     #[link_section = ".init.text"]
-    fn next_leaf(&self, from: Key, last: Key) -> Option<(u64, &Node)> {
+    pub(crate) fn next_leaf(&self, from: Key, last: Key) -> Option<(u64, &Node)> {
         let mut path = [None; DEPTH as usize];
         let mut key = from.get();
         let mut level = ROOT;
         let mut node = self.mem.node(self.root);
         loop {
             let shift = level_shift(level);
-            let start = key.wrapping_shr(shift) & (WORDS as u64 - 1);
-            let found = (start..WORDS as u64)
+            let start = key.wrapping_shr(shift) & (WORDS - 1);
+            let found = (start..WORDS)
                 .find_map(|i| NodeAddr::new(node.word(i).follow()).map(|addr| (i, addr)));
             if let Some((index, addr)) = found {
                 if index != start {
-                    key =
-                        (key.wrapping_shr(shift) & !(WORDS as u64 - 1) | index).wrapping_shl(shift);
+                    key = (key.wrapping_shr(shift) & !(WORDS - 1) | index).wrapping_shl(shift);
                 }
                 if key > last.get() {
                     return None;
@@ -541,20 +594,15 @@ impl<M: NodeMem> Tree<M> {
             loop {
                 level = level.wrapping_add(1);
                 node = (*path.get(level as usize)?)?;
-                if key.wrapping_shr(level_shift(level)) & (WORDS as u64 - 1) != 0 {
+                if key.wrapping_shr(level_shift(level)) & (WORDS - 1) != 0 {
                     break;
                 }
             }
         }
     }
 
-    /// Returns the runs of adjacent blocks of `order`, in ascending order. For takeover: what
-    /// iterates is in `.init.text`.
-    pub(crate) fn runs(&self, order: Order) -> Runs<'_, M> {
-        self.runs_between(Key::bounds(order))
-    }
-
-    /// Returns the runs of adjacent keys from the first to the last of `bounds`.
+    /// Returns the runs of adjacent keys from the first to the last of `bounds`, in ascending order.
+    /// For takeover: what iterates is in `.init.text`.
     pub(crate) fn runs_between(&self, bounds: (Key, Key)) -> Runs<'_, M> {
         Runs {
             tree: self,
@@ -685,7 +733,7 @@ pub(crate) struct Run {
     pub(crate) count: u64,
 }
 
-/// Runs of adjacent keys of one order, across leaves; see [`Tree::runs`].
+/// Runs of adjacent keys of one order, across leaves; see [`Tree::runs_between`].
 pub(crate) struct Runs<'a, M> {
     tree: &'a Tree<M>,
     /// The leaf that `at` lies in, if it has been looked up.

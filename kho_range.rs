@@ -26,6 +26,9 @@ pub(crate) struct Frames {
 }
 
 impl Frames {
+    /// No frames at all.
+    pub(crate) const EMPTY: Self = Self { start: 0, end: 0 };
+
     /// Returns the `count` frames from `start` on, or [`None`] if they do not exist.
     #[inline]
     pub(crate) fn new(start: Pfn, count: u64) -> Option<Self> {
@@ -131,10 +134,32 @@ impl Frames {
         }
     }
 
-    /// Returns whether the two ranges share a frame.
+    /// Returns the range without its first `count` frames; nothing is left of it if it has fewer.
     #[inline]
-    pub(crate) fn overlaps(self, other: Self) -> bool {
-        self.start.max(other.start) < self.end.min(other.end)
+    pub(crate) fn tail(self, count: u64) -> Self {
+        // INVARIANT: The new start is between the old start and the end.
+        Self {
+            start: self.start.saturating_add(count).min(self.end),
+            end: self.end,
+        }
+    }
+
+    /// Returns the range up to the next frame whose number is a multiple of `size`, a power of two.
+    #[inline]
+    pub(crate) fn head_to(self, size: u64) -> Self {
+        let mask = size.wrapping_sub(1);
+        self.head((self.start | mask).wrapping_sub(self.start).saturating_add(1))
+    }
+
+    /// Returns what both ranges have.
+    #[inline]
+    pub(crate) fn both(self, other: Self) -> Self {
+        let start = self.start.max(other.start).min(self.end);
+        // INVARIANT: The end is one of the two, or the start.
+        Self {
+            start,
+            end: self.end.min(other.end).max(start),
+        }
     }
 
     /// Returns the range from the start of one to the end of the other, if they touch or overlap.

@@ -29,6 +29,7 @@ use super::PAGE_SHIFT;
 use core::{
     ptr::NonNull,
     sync::atomic::{
+        AtomicBool,
         AtomicU32,
         AtomicU64,
         AtomicUsize,
@@ -120,6 +121,15 @@ const _: () = {
     assert!(align_of::<Hint>() <= align_of::<bindings::kho_glue_hint>());
 };
 
+/// Whether free memory is the page allocator's, and no longer memblock's.
+static BUDDY_IS_UP: AtomicBool = AtomicBool::new(false);
+
+/// Says that free memory is the page allocator's from now on.
+#[link_section = ".init.text"]
+pub(crate) fn set_buddy_is_up() {
+    BUDDY_IS_UP.store(true, Ordering::Relaxed);
+}
+
 /// Tree nodes in the direct map.
 #[derive(Clone, Copy)]
 pub(crate) struct Direct {
@@ -188,14 +198,12 @@ impl NodeMem for Direct {
     #[link_section = ".ref.text"]
     #[inline(never)]
     fn free(&self, node: NodeAddr) {
-        let page = virt::<c_void>(node.get());
-        // SAFETY: The page came from `alloc()`, and by its contract nobody uses it. All that is
-        // allocated from memblock is freed before slab is up.
+        // SAFETY: The page came from `alloc()`, and by its contract nobody uses it.
         unsafe {
-            if bindings::slab_is_available() {
-                bindings::free_pages(page as usize, 0);
+            if BUDDY_IS_UP.load(Ordering::Relaxed) {
+                bindings::kho_glue_free_page(node.get());
             } else {
-                bindings::memblock_free(page, bindings::PAGE_SIZE);
+                bindings::memblock_phys_free(node.get(), bindings::PAGE_SIZE as u64);
             }
         }
     }

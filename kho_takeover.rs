@@ -1,22 +1,24 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Takeover: how the next kernel makes the handed-over tree its own.
+//! Takeover: what the next kernel makes of the tree that it was handed.
 //!
-//! Nothing of what another kernel left behind is trusted. Takeover reads, checks and applies, in
-//! that order, and changes nothing before all is checked:
+//! Nothing of what another kernel left behind is trusted. All of it is read and checked before
+//! anything is changed, and before anybody has been told of the handover:
 //!
 //! ```text
 //!  survey()   every node of the tree is in RAM, outside scratch, and met once;
 //!             no node stands for memory that does not exist
-//!  check()    the blocks of all orders, merged into ranges: in RAM, outside scratch,
-//!             and whether any two overlap
-//!  busy()     which memory holds preserved blocks or the tree itself
-//!  apply()    reserve the ranges, then mark the blocks
+//!  chart()    every block is in RAM, outside scratch; one bit for each preserved frame,
+//!             and whether any two blocks overlap
+//!  grains()   which large blocks of memory have any of those frames
 //! ```
 //!
-//! All but the last run before the memory map is built: they tell where it may be allocated, and
-//! nobody has been told of the handover yet. The last runs right before free memory goes to the
-//! page allocator.
+//! The chart is a tree of its own whose keys are frame numbers. It costs one page for as much
+//! memory as one leaf of order 0 stands for, and makes the rest simple: ranges of several orders
+//! need not be merged, for the chart has none; and what is not preserved in some range, however it
+//! is fragmented, are the bits that are clear ([`Gaps`]).
+//!
+//! Each block of the tree is looked at once, in words of 64 where blocks are single pages.
 
 use super::kho_key::{
     Block,
@@ -30,10 +32,11 @@ use super::kho_radix::{
     NodeAddr,
     NodeMem,
     Run,
-    Runs,
     Tree,
     Visitor,
-    LEAF_BITS, //
+    LEAF_BITS,
+    WORDS,
+    WORD_BITS, //
 };
 use super::kho_range::Frames;
 use super::PAGE_SHIFT;
@@ -41,6 +44,9 @@ use super::PAGE_SHIFT;
 /// Orders that a key can have. RAM has no blocks of the largest, but their keys must be seen to be
 /// refused.
 const ORDERS: usize = Order::MAX.get() as usize + 1;
+
+/// Keys, and so frames of a chart, in a leaf.
+const LEAF_SIZE: u64 = 1 << LEAF_BITS;
 
 /// Why a handover is refused.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -84,25 +90,30 @@ impl Refusal {
     }
 }
 
-/// What takeover needs to know of the machine, and does to it.
+/// What takeover needs to know of the machine.
 pub(crate) trait Machine {
     /// Returns the number of the frame after the last one of RAM.
     fn ram_end(&self) -> u64;
 
-    /// Returns whether all of `frames` is RAM.
-    fn is_ram(&self, frames: Frames) -> bool;
+    /// Returns the frames around `pfn` that are RAM outside scratch, as many as touch each other;
+    /// [`None`] if that frame is not.
+    fn room(&self, pfn: u64) -> Option<Frames>;
+}
 
-    /// Returns whether any of `frames` is in a scratch area.
-    fn in_scratch(&self, frames: Frames) -> bool;
-
-    /// Keeps `frames` from the page allocator; on failure returns the kernel's error number.
-    fn reserve(&mut self, frames: Frames) -> Result<(), i32>;
-
-    /// Undoes [`Machine::reserve`].
-    fn release(&mut self, frames: Frames);
-
-    /// Makes `count` adjacent blocks from `first` on restorable.
-    fn adopt(&mut self, first: Block, count: u64);
+/// Returns whether all of `frames` is RAM outside scratch. `room` is where that was true last.
+#[link_section = ".init.text"]
+fn in_room(machine: &dyn Machine, room: &mut Frames, frames: Frames) -> bool {
+    let mut at = frames.start();
+    while at < frames.end() {
+        if !(room.start()..room.end()).contains(&at) {
+            match machine.room(at) {
+                Some(found) => *room = found,
+                None => return false,
+            }
+        }
+        at = room.end();
+    }
+    true
 }
 
 /// Checks the structure of the tree and returns how many nodes it has. `seen` gets the frames of
@@ -141,7 +152,7 @@ impl<S: NodeMem> Visitor for Survey<'_, S> {
     fn node(&mut self, addr: NodeAddr, first: u64, last: u64) -> bool {
         let phys = addr.get();
         let node = Frames::exact(phys, 1 << PAGE_SHIFT)
-            .filter(|frames| self.machine.is_ram(*frames) && !self.machine.in_scratch(*frames))
+            .filter(|frames| self.machine.room(frames.start()).is_some())
             .and_then(|frames| Key::new(frames.start()));
         self.refusal = match node.map(|node| self.seen.add(node)) {
             Some(Err(NoMemory)) => Some(Refusal::NoMemory),
@@ -179,89 +190,25 @@ fn reaches_ram(first: u64, last: u64, ram_end: u64) -> bool {
     false
 }
 
-/// Notes in `blocks` which blocks of order `grain` hold any preserved memory or a node of the
-/// tree; each as its number in memory.
-///
-/// [`survey`] must have found the tree sound, and [`check`] what it holds: a block as large as the
-/// address space would take for ever here.
-#[link_section = ".init.text"]
-pub(crate) fn busy<M: NodeMem, S: NodeMem>(
-    tree: &Tree<M>,
-    grain: Order,
-    blocks: &Tree<S>,
-) -> Result<(), Refusal> {
-    let mut busy = Busy {
-        grain,
-        blocks,
-        refusal: None,
-    };
-    tree.visit(&mut busy);
-    busy.refusal.map_or(Ok(()), Err)
-}
-
-struct Busy<'a, S> {
-    grain: Order,
-    blocks: &'a Tree<S>,
-    refusal: Option<Refusal>,
-}
-
-impl<S: NodeMem> Busy<'_, S> {
-    #[link_section = ".init.text"]
-    fn mark(&mut self, frames: Option<Frames>, at: u64) -> bool {
-        let Some(frames) = frames else {
-            self.refusal = Some(Refusal::Reach(at));
-            return false;
-        };
-        let grain = self.grain.get();
-        let mut block = frames.start().wrapping_shr(grain);
-        while block <= frames.end().wrapping_sub(1).wrapping_shr(grain) {
-            // A frame number, shifted to the right, is always a key.
-            if Key::new(block).is_some_and(|key| self.blocks.add(key).is_err()) {
-                self.refusal = Some(Refusal::NoMemory);
-                return false;
-            }
-            block = block.wrapping_add(1);
-        }
-        true
-    }
-}
-
-impl<S: NodeMem> Visitor for Busy<'_, S> {
-    #[link_section = ".init.text"]
-    fn node(&mut self, addr: NodeAddr, _first: u64, _last: u64) -> bool {
-        self.mark(Frames::covering(addr.get(), 1), addr.get())
-    }
-
-    #[link_section = ".init.text"]
-    fn leaf(&mut self, first: u64, leaf: &Node) -> bool {
-        // Blocks of a small order all lie in the same grain: one bit stands for all of them.
-        let order = Key::new(first).and_then(Key::block).map(Block::order);
-        let fine =
-            order.is_some_and(|order| order.get().wrapping_add(LEAF_BITS) <= self.grain.get());
-        for (bit, count) in leaf.runs() {
-            let frames =
-                Key::new(first | bit).and_then(|first| Frames::of_run(Run { first, count }));
-            if !self.mark(frames, first) {
-                return false;
-            }
-            if fine {
-                break;
-            }
-        }
-        true
-    }
-}
-
-/// What [`check`] found.
+/// What [`chart`] found.
 pub(crate) struct Census {
     /// Blocks, by order.
-    pub(crate) blocks: [u64; ORDERS],
-    /// Ranges of adjacent preserved memory.
-    pub(crate) ranges: u64,
-    /// Frames in those ranges.
+    blocks: [u64; ORDERS],
+    /// Frames in those blocks, each counted once.
     pub(crate) frames: u64,
     /// The first frame that was found to be in more than one block.
     pub(crate) overlap: Option<u64>,
+}
+
+impl Default for Census {
+    #[inline]
+    fn default() -> Self {
+        Self {
+            blocks: [0; ORDERS],
+            frames: 0,
+            overlap: None,
+        }
+    }
 }
 
 impl Census {
@@ -273,202 +220,306 @@ impl Census {
     }
 }
 
-/// Checks every preserved range against the machine.
-#[link_section = ".init.text"]
-pub(crate) fn check<M: NodeMem>(tree: &Tree<M>, machine: &dyn Machine) -> Result<Census, Refusal> {
-    let mut union = Union::new(tree);
-    let mut ranges = 0u64;
-    let mut frames = 0u64;
-    while let Some(range) = union.next() {
-        if !machine.is_ram(range) || machine.in_scratch(range) {
-            return Err(Refusal::Range(range));
-        }
-        ranges = ranges.wrapping_add(1);
-        frames = frames.wrapping_add(range.count());
-    }
-    Ok(Census {
-        blocks: union.blocks,
-        ranges,
-        frames,
-        overlap: union.overlap,
-    })
-}
-
-/// Returns whether any block of the tree holds the frame.
-#[link_section = ".init.text"]
-pub(crate) fn holds<M: NodeMem>(tree: &Tree<M>, pfn: Pfn) -> bool {
-    let Some(page) = Block::new(pfn, Order::ZERO) else {
-        return false;
-    };
-    for order in Order::all() {
-        if tree.contains(Key::of(page.enclosing(order))) {
-            return true;
-        }
-    }
-    false
-}
-
-/// Reserves what [`check`] found and marks every block, or leaves the machine as it was.
+/// Checks every preserved block against the machine, and adds the numbers of its frames to `held`.
 ///
-/// Memory that several blocks claim is reserved like all other, and goes to the largest of them:
-/// the others are not marked, so that no frame can be restored twice.
+/// [`survey`] must have found the tree sound.
 #[link_section = ".init.text"]
-pub(crate) fn apply<M: NodeMem>(
+pub(crate) fn chart<M: NodeMem, S: NodeMem>(
     tree: &Tree<M>,
-    machine: &mut dyn Machine,
-    census: &Census,
-) -> Result<(), Refusal> {
-    let mut union = Union::new(tree);
-    let mut done = 0u64;
-    while let Some(range) = union.next() {
-        if let Err(errno) = machine.reserve(range) {
-            let mut union = Union::new(tree);
-            while let Some(range) = union.next().filter(|_| done > 0) {
-                machine.release(range);
-                done = done.wrapping_sub(1);
-            }
-            return Err(Refusal::Reserve(range, errno));
-        }
-        done = done.wrapping_add(1);
+    machine: &dyn Machine,
+    held: &Tree<S>,
+) -> Result<Census, Refusal> {
+    let mut chart = Chart {
+        machine,
+        held,
+        room: Frames::EMPTY,
+        census: Census::default(),
+        refusal: None,
+    };
+    tree.visit(&mut chart);
+    match chart.refusal {
+        None => Ok(chart.census),
+        Some(refusal) => Err(refusal),
     }
-    for (order, _) in census.orders() {
-        for run in tree.runs(order) {
-            adopt(tree, machine, census, run);
+}
+
+struct Chart<'a, S> {
+    machine: &'a dyn Machine,
+    held: &'a Tree<S>,
+    room: Frames,
+    census: Census,
+    refusal: Option<Refusal>,
+}
+
+impl<S: NodeMem> Chart<'_, S> {
+    /// Notes that `count` more blocks of `order` have been seen, with `frames` frames, of which
+    /// `again` had been met before; the first of those is not before `first`.
+    #[link_section = ".init.text"]
+    fn count(&mut self, order: Order, count: u64, frames: u64, again: u64, first: u64) {
+        if let Some(blocks) = self.census.blocks.get_mut(order.get() as usize) {
+            *blocks = blocks.wrapping_add(count);
+        }
+        let new = frames.wrapping_sub(again);
+        self.census.frames = self.census.frames.wrapping_add(new);
+        if again > 0 {
+            self.census.overlap.get_or_insert(first);
+        }
+    }
+
+    /// Charts a run of blocks of one order.
+    #[link_section = ".init.text"]
+    fn run(&mut self, run: Run) -> Result<(), Refusal> {
+        let Some((block, frames)) = run.first.block().zip(Frames::of_run(run)) else {
+            return Err(Refusal::Reach(run.first.get()));
+        };
+        if !in_room(self.machine, &mut self.room, frames) {
+            return Err(Refusal::Range(frames));
+        }
+        let again = fill(self.held, frames)?;
+        self.count(block.order(), run.count, frames.count(), again, frames.start());
+        Ok(())
+    }
+
+    /// Charts the leaf of single pages from frame `first` on.
+    #[link_section = ".init.text"]
+    fn pages(&mut self, first: u64, leaf: &Node) -> Result<(), Refusal> {
+        let held = self.held;
+        let mut to: Option<&Node> = None;
+        for index in 0..WORDS {
+            let word = leaf.word(index).load();
+            if word == 0 {
+                continue;
+            }
+            let pfn = first.wrapping_add(index.wrapping_mul(WORD_BITS));
+            let (start, end) = (self.room.start(), self.room.end());
+            if pfn < start || pfn.wrapping_add(WORD_BITS) > end {
+                self.check(pfn, word)?;
+            }
+            let chart = match to {
+                Some(chart) => chart,
+                None => held.leaf(Key::of_frame(pfn))?,
+            };
+            to = Some(chart);
+            let old = chart.word(index).load();
+            chart.word(index).store(old | word);
+            let (pages, again) = (u64::from(word.count_ones()), old & word);
+            self.count(Order::ZERO, pages, pages, again.count_ones().into(), pfn);
+        }
+        Ok(())
+    }
+
+    /// Checks the frames of the bits in `word` one by one.
+    #[link_section = ".init.text"]
+    #[inline(never)]
+    fn check(&mut self, pfn: u64, word: u64) -> Result<(), Refusal> {
+        let mut rest = word;
+        while rest != 0 {
+            let pfn = pfn.wrapping_add(rest.trailing_zeros().into());
+            let Some(frames) = Pfn::new(pfn).and_then(|pfn| Frames::new(pfn, 1)) else {
+                return Err(Refusal::Reach(pfn));
+            };
+            if !in_room(self.machine, &mut self.room, frames) {
+                return Err(Refusal::Range(frames));
+            }
+            rest &= rest.wrapping_sub(1);
+        }
+        Ok(())
+    }
+
+    #[link_section = ".init.text"]
+    fn chart(&mut self, first: u64, leaf: &Node) -> Result<(), Refusal> {
+        let (pages, _) = Key::bounds(Order::ZERO);
+        if first >= pages.get() {
+            return self.pages(first ^ pages.get(), leaf);
+        }
+        // The largest orders share a leaf.
+        let shared = first >> LEAF_BITS == 0;
+        for (bit, count) in leaf.runs() {
+            let (step, times) = if shared { (1, count) } else { (count, 1) };
+            for i in 0..times {
+                let number = first | bit.wrapping_add(i);
+                let Some(key) = Key::new(number) else {
+                    return Err(Refusal::Reach(number));
+                };
+                self.run(Run {
+                    first: key,
+                    count: step,
+                })?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl<S: NodeMem> Visitor for Chart<'_, S> {
+    #[link_section = ".init.text"]
+    fn node(&mut self, _addr: NodeAddr, _first: u64, _last: u64) -> bool {
+        true
+    }
+
+    #[link_section = ".init.text"]
+    fn leaf(&mut self, first: u64, leaf: &Node) -> bool {
+        self.refusal = self.chart(first, leaf).err();
+        self.refusal.is_none()
+    }
+}
+
+/// Adds the numbers of `frames` to `set`; returns how many were in it before.
+#[link_section = ".init.text"]
+pub(crate) fn fill<S: NodeMem>(set: &Tree<S>, frames: Frames) -> Result<u64, NoMemory> {
+    let mut again = 0u64;
+    let mut rest = frames;
+    while rest.count() > 0 {
+        let leaf = set.leaf(Key::of_frame(rest.start()))?;
+        let (bit, part) = (rest.start() % LEAF_SIZE, rest.head_to(LEAF_SIZE));
+        again = again.wrapping_add(leaf.fill(bit, part.count()));
+        rest = rest.tail(part.count());
+    }
+    Ok(again)
+}
+
+/// Adds to `grains` the number of every block of order `grain` that has a frame of `held`; returns
+/// how many ranges those frames make up. A grain has at least a word's frames.
+#[link_section = ".init.text"]
+pub(crate) fn grains<S: NodeMem>(
+    held: &Tree<S>,
+    grain: Order,
+    grains: &Tree<S>,
+) -> Result<u64, NoMemory> {
+    let mut ranges = 0u64;
+    // The frame after the last one that was met, and the grain that was added last.
+    let (mut end, mut last) = (0u64, None);
+    let mut from = Key::MIN;
+    while let Some((first, leaf)) = held.next_leaf(from, Key::MAX) {
+        for index in 0..WORDS {
+            let word = leaf.word(index).load();
+            if word == 0 {
+                continue;
+            }
+            let pfn = first.wrapping_add(index.wrapping_mul(WORD_BITS));
+            // A range starts at each bit whose neighbour below is clear.
+            let below = word.wrapping_shl(1) | u64::from(end == pfn);
+            ranges = ranges.wrapping_add((word & !below).count_ones().into());
+            end = pfn.wrapping_add(WORD_BITS.wrapping_sub(word.leading_zeros().into()));
+            let number = pfn.wrapping_shr(grain.get());
+            if last != Some(number) {
+                last = Some(number);
+                grains.add(Key::of_frame(number))?;
+            }
+        }
+        match Key::new(first.wrapping_add(LEAF_SIZE)) {
+            Some(next) => from = next,
+            None => break,
+        }
+    }
+    Ok(ranges)
+}
+
+/// Makes `grains` coarser, by adding neighbours, until they make up no more than `limit` runs.
+///
+/// Why: each run costs memblock time in proportion to how many it has already.
+#[link_section = ".init.text"]
+pub(crate) fn coarsen<S: NodeMem>(grains: &Tree<S>, limit: usize) -> Result<(), NoMemory> {
+    let mut size = 1u64;
+    while grains.runs_between((Key::MIN, Key::MAX)).nth(limit).is_some() {
+        size = size.wrapping_mul(2);
+        for run in grains.runs_between((Key::MIN, Key::MAX)) {
+            let first = run.first.get();
+            let last = first.wrapping_add(run.count).wrapping_sub(1);
+            let mask = size.wrapping_sub(1);
+            for grain in (first & !mask..first).chain(last..=last | mask) {
+                grains.add(Key::of_frame(grain))?;
+            }
         }
     }
     Ok(())
 }
 
-/// Marks the blocks of a run, but those in a larger block.
-#[link_section = ".init.text"]
-fn adopt<M: NodeMem>(tree: &Tree<M>, machine: &mut dyn Machine, census: &Census, run: Run) {
-    let Some(first) = run.first.block() else {
-        return;
-    };
-    if census.overlap.is_none() {
-        machine.adopt(first, run.count);
-        return;
-    }
-    for i in 0..run.count {
-        let Some(block) = Key::new(run.first.get().wrapping_add(i)).and_then(Key::block) else {
-            return;
-        };
-        let claimed = census.orders().any(|(order, _)| {
-            order > block.order() && tree.contains(Key::of(block.enclosing(order)))
-        });
-        if !claimed {
-            machine.adopt(block, 1);
+/// What is not in a set, in some range of frames: as aligned blocks, ascending.
+pub(crate) struct Gaps<'a, S> {
+    held: &'a Tree<S>,
+    rest: Frames,
+    /// No block is larger.
+    most: Order,
+    /// The gap that is being cut into blocks.
+    gap: Frames,
+}
+
+impl<'a, S: NodeMem> Gaps<'a, S> {
+    /// Returns the gaps of `held` in `frames`, in blocks of order `most` at the most.
+    #[link_section = ".init.text"]
+    pub(crate) fn new(held: &'a Tree<S>, frames: Frames, most: Order) -> Self {
+        Self {
+            held,
+            rest: frames,
+            most,
+            gap: Frames::EMPTY,
         }
     }
-}
 
-/// The next run of one order.
-struct Head<'a, M> {
-    frames: Frames,
-    order: Order,
-    runs: Runs<'a, M>,
-}
-
-/// The preserved memory of all orders as disjoint ranges, ascending and as long as they can be.
-struct Union<'a, M> {
-    /// The orders that have runs left come first.
-    heads: [Option<Head<'a, M>>; ORDERS],
-    /// Blocks that were seen, by order.
-    blocks: [u64; ORDERS],
-    overlap: Option<u64>,
-}
-
-impl<'a, M: NodeMem> Union<'a, M> {
+    /// Finds the next gap; returns whether there is one.
     #[link_section = ".init.text"]
-    #[inline(never)]
-    fn new(tree: &'a Tree<M>) -> Self {
-        let mut union = Self {
-            heads: [const { None }; ORDERS],
-            blocks: [0; ORDERS],
-            overlap: None,
-        };
-        let mut heads = union.heads.iter_mut();
-        for order in Order::all().take(ORDERS) {
-            let mut runs = tree.runs(order);
-            if let Some(frames) = advance(&mut runs, order, &mut union.blocks) {
-                if let Some(head) = heads.next() {
-                    *head = Some(Head {
-                        frames,
-                        order,
-                        runs,
-                    });
-                }
-            }
-        }
-        union
-    }
-
-    /// Returns the next range.
-    #[link_section = ".init.text"]
-    #[inline(never)]
-    fn next(&mut self) -> Option<Frames> {
-        let mut range: Option<Frames> = None;
-        loop {
-            // The run that starts first. There are as many as there are orders in use.
-            let mut first: Option<&mut Option<Head<'a, M>>> = None;
-            let mut start = u64::MAX;
-            for slot in self.heads.iter_mut() {
-                let Some(head) = slot else { break };
-                if head.frames.start() < start {
-                    start = head.frames.start();
-                    first = Some(slot);
-                }
-            }
-            let Some(slot) = first else { return range };
-            let Some(head) = slot else { return range };
-            range = match range {
-                None => Some(head.frames),
-                Some(range) => {
-                    let Some(joined) = range.join(head.frames) else {
-                        return Some(range);
-                    };
-                    if range.overlaps(head.frames) {
-                        self.overlap.get_or_insert(start);
-                    }
-                    Some(joined)
-                }
+    fn find(&mut self) -> bool {
+        while self.rest.count() > 0 {
+            let part = self.rest.head_to(LEAF_SIZE);
+            let bit = part.start() % LEAF_SIZE;
+            let run = match self.held.find_leaf(Key::of_frame(part.start())) {
+                None => Some((bit, LEAF_SIZE)),
+                Some(leaf) => leaf.clear_run(bit),
             };
-            match advance(&mut head.runs, head.order, &mut self.blocks) {
-                Some(frames) => head.frames = frames,
-                None => {
-                    *slot = None;
-                    self.close_gap();
+            if let Some((first, count)) = run {
+                let gap = part.tail(first.wrapping_sub(bit)).head(count);
+                if gap.count() > 0 {
+                    self.rest = self.rest.tail(gap.end().wrapping_sub(self.rest.start()));
+                    self.gap = gap;
+                    return true;
                 }
             }
+            self.rest = self.rest.tail(part.count());
         }
-    }
-
-    /// Moves the last head to the slot that has become free.
-    #[link_section = ".init.text"]
-    fn close_gap(&mut self) {
-        let free = self.heads.iter().position(Option::is_none);
-        let last = self.heads.iter().rposition(Option::is_some);
-        if let (Some(free), Some(last)) = (free, last) {
-            if free < last {
-                let head = self.heads.get_mut(last).and_then(Option::take);
-                if let Some(slot) = self.heads.get_mut(free) {
-                    *slot = head;
-                }
-            }
-        }
+        false
     }
 }
 
-/// Takes the next run and counts its blocks.
-#[inline]
-fn advance<M: NodeMem>(
-    runs: &mut Runs<'_, M>,
-    order: Order,
-    blocks: &mut [u64; ORDERS],
-) -> Option<Frames> {
-    let run = runs.next()?;
-    if let Some(count) = blocks.get_mut(order.get() as usize) {
-        *count = count.wrapping_add(run.count);
+impl<S: NodeMem> Iterator for Gaps<'_, S> {
+    type Item = Block;
+
+    #[link_section = ".init.text"]
+    fn next(&mut self) -> Option<Block> {
+        if self.gap.count() == 0 && !self.find() {
+            return None;
+        }
+        let start = self.gap.start();
+        let order = self.gap.count().checked_ilog2()?;
+        let order = order.min(start.trailing_zeros()).min(self.most.get());
+        let block = Block::new(Pfn::new(start)?, Order::new(order)?)?;
+        self.gap = self.gap.tail(block.order().pages());
+        Some(block)
     }
-    Frames::of_run(run)
+}
+
+/// Returns the keys of the blocks of `order` that start in `frames`, if there can be any.
+#[link_section = ".init.text"]
+pub(crate) fn keys(frames: Frames, order: Order) -> Option<(Key, Key)> {
+    let (lowest, highest) = Key::bounds(order);
+    let shift = order.get();
+    let up = order.pages().wrapping_sub(1);
+    let first = frames.start().wrapping_add(up).wrapping_shr(shift);
+    let last = frames.end().wrapping_add(up).wrapping_shr(shift).checked_sub(1)?;
+    // The first one may lie behind the last frame there can be.
+    let first = Key::new(lowest.get().wrapping_add(first)).filter(|key| *key <= highest)?;
+    let last = Key::new(lowest.get().wrapping_add(last))?;
+    (first <= last).then_some((first, last))
+}
+
+/// Returns whether a larger block of the tree has the frames of `block`, too.
+#[link_section = ".init.text"]
+pub(crate) fn is_claimed<M: NodeMem>(tree: &Tree<M>, census: &Census, block: Block) -> bool {
+    for order in Order::all().skip_while(|order| *order <= block.order()) {
+        let used = census.blocks.get(order.get() as usize).copied();
+        if used.is_some_and(|count| count > 0) && tree.contains(Key::of(block.enclosing(order))) {
+            return true;
+        }
+    }
+    false
 }

@@ -107,7 +107,7 @@ fn compare(tree: &Tree<&Mem>, mem: &Mem, model: &BTreeSet<u64>, some: &[u64]) {
     for of in Order::all() {
         let (first, last) = Key::bounds(of);
         let found: Vec<u64> = tree
-            .runs(of)
+            .runs_between(Key::bounds(of))
             .flat_map(|run| run.first.get()..run.first.get() + run.count)
             .collect();
         let range = first.get()..=last.get();
@@ -247,7 +247,7 @@ fn long_runs() {
             word.store(bits.fold(0, |word, bit| word | 1 << bit), SeqCst);
         }
         let runs: Vec<_> = tree
-            .runs(order(0))
+            .runs_between(Key::bounds(order(0)))
             .map(|run| (run.first.get() - base, run.first.get() - base + run.count))
             .collect();
         if b == c {
@@ -275,7 +275,7 @@ fn a_run_over_whole_leaves() {
     }
     assert_ne!(tree.remove(key(first)), Removal::Absent);
     assert!(tree.add(key(first + 3 * LEAF)).unwrap());
-    let runs: Vec<_> = tree.runs(order(1)).collect();
+    let runs: Vec<_> = tree.runs_between(Key::bounds(order(1))).collect();
     assert_eq!(runs.len(), 1);
     assert_eq!((runs[0].first.get(), runs[0].count), (first + 1, 3 * LEAF));
 }
@@ -290,7 +290,7 @@ fn runs_are_of_one_order() {
     }
     for of in Order::all() {
         let (first, last) = Key::bounds(of);
-        let runs: Vec<_> = tree.runs(of).collect();
+        let runs: Vec<_> = tree.runs_between(Key::bounds(of)).collect();
         if last.get() < 64 {
             assert_eq!(runs.len(), 1, "{of:?}");
             let count = last.get() - first.get() + 1;

@@ -1,0 +1,667 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Memory that takeover withholds from the page allocator, and gives back where it was not
+//! preserved.
+//!
+//! memblock keeps its regions in an array that it searches from the start, and several users walk
+//! that array again and again. One region for each preserved range makes booting quadratic: in
+//! takeover, and after it in everything that looks at reserved memory. So memblock is told of
+//! *grains*: blocks of the page allocator's largest order that hold anything preserved. Neighbours
+//! are one region, and there are at most [`MOST_REGIONS`] of them, whatever was preserved and
+//! however it is scattered.
+//!
+//! ```text
+//!                 preserved  . # . . # . . .   . . . . . . . .   # # # # # # # #
+//!                 memblock   |reserved, noinit||    free       ||reserved, noinit|
+//!                 later      . # . . # . . .                     # # # # # # # #
+//!                            ^   ^ ^   ^ ^ ^
+//!                            given back by init_free() or init_late()
+//! ```
+//!
+//! Why that is safe:
+//!
+//! - *Struct pages.* memblock and deferred initialisation leave grains alone, as they are reserved
+//!   and marked "noinit". The page allocator looks at struct pages next to a block that is freed,
+//!   but never outside the block of the largest order around it, and no other free memory lies in
+//!   a grain. So nothing in it needs a struct page before the first of its pages is given back,
+//!   and then all of them have one. That is what all deferred memory relies on, too.
+//! - *Others' memory.* A grain of which anything is reserved already, is no RAM, is scratch, or
+//!   belongs to two nodes is a *mixed* one. It is dealt with page by page, at once: what is not
+//!   ours counts as held, and all struct pages are initialised.
+//! - *Having memory until then.* Grains whose struct pages are not deferred are given back right
+//!   after `memblock_free_all()`; so are others, if little else is free.
+//! - *Restoring until then.* Who restores a block before `page_alloc_init_late()` gets its grain
+//!   initialised first, see [`settle`].
+//!
+//! The tree that was handed over is read until then, so its nodes are held, too. They are freed in
+//! the end. On architectures that keep memblock's arrays the regions stay in there, as those of
+//! all boot memory do that is freed later.
+
+use super::kho_key::{
+    Block,
+    Key,
+    Order,
+    Pfn, //
+};
+use super::kho_memblock::{
+    self,
+    Memblock, //
+};
+use super::kho_radix::{
+    NoMemory,
+    NodeAddr,
+    Runs,
+    Tree, //
+};
+use super::kho_range::Frames;
+use super::kho_sys::{
+    self,
+    Direct,
+    Mark,
+    Page, //
+};
+use super::kho_takeover::{
+    self,
+    Census,
+    Gaps,
+    Refusal, //
+};
+use super::PAGE_SHIFT;
+use core::{
+    mem::size_of,
+    sync::atomic::{
+        AtomicBool,
+        Ordering, //
+    },
+};
+use kernel::{
+    bindings,
+    prelude::*, //
+};
+
+/// The order of a grain: that of the page allocator's largest blocks. The chart is read in words,
+/// each of which must lie in one grain.
+const GRAIN: Order = match Order::new(bindings::KHO_MAX_PAGE_ORDER) {
+    Some(order) if order.pages() >= 64 => order,
+    _ => Order::ZERO,
+};
+const _: () = assert!(GRAIN.get() > 0);
+
+/// The most regions that memblock is told of. What they cost grows with the square of it: 1024 are
+/// some 30 million instructions.
+const MOST_REGIONS: usize = 1024;
+
+/// Memory that must be free once memblock has gone, without counting on what is given back late,
+/// in frames. Deferred initialisation counts on a section, 128 MiB, as well.
+const FLOOR: u64 = (128 << 20) >> PAGE_SHIFT;
+
+/// A set of numbers, of frames or grains.
+type Set = Tree<Direct>;
+
+/// Makes an empty set.
+#[link_section = ".init.text"]
+fn new_set() -> Result<Set, NoMemory> {
+    // SAFETY: The tree is made here.
+    Tree::new(unsafe { Direct::new() })
+}
+
+/// What takeover knows until everything has been given back.
+pub(crate) struct Takeover {
+    /// The tree that was handed over.
+    tree: Tree<Direct>,
+    pub(crate) census: Census,
+    /// How many nodes it has.
+    pub(crate) node_count: u64,
+    /// Ranges of preserved memory.
+    pub(crate) ranges: u64,
+    /// Frames of the tree's nodes that are nothing else.
+    nodes: Set,
+    /// Frames of grains that are not given back: preserved, nodes, or others'.
+    held: Set,
+    /// Grains whose struct pages are initialised, and which are free but for what is held.
+    ready: Set,
+    /// The same, but their struct pages are not initialised yet.
+    raw: Set,
+    /// Grains that are not only ours.
+    mixed: Set,
+}
+
+/// What was taken over, while not everything has been given back.
+// Only `set()` and `finish()` write it, when nobody else can be looking.
+static mut TAKEOVER: Option<Takeover> = None;
+
+/// Whether the static is in use.
+static PENDING: AtomicBool = AtomicBool::new(false);
+
+/// All there is in a set.
+const ALL: (Key, Key) = (Key::MIN, Key::MAX);
+
+/// Runs of a set of blocks of one order, as frames, ascending.
+pub(crate) struct Ranges<'a> {
+    runs: Runs<'a, Direct>,
+    order: Order,
+}
+
+impl Iterator for Ranges<'_> {
+    type Item = Frames;
+
+    #[link_section = ".init.text"]
+    fn next(&mut self) -> Option<Frames> {
+        let run = self.runs.next()?;
+        let start = Pfn::new(run.first.get().wrapping_shl(self.order.get()))?;
+        Frames::new(start, run.count.wrapping_shl(self.order.get()))
+    }
+}
+
+/// Returns the frames of a set of grains.
+#[link_section = ".init.text"]
+fn frames_of(grains: &Set) -> Ranges<'_> {
+    Ranges {
+        runs: grains.runs_between(ALL),
+        order: GRAIN,
+    }
+}
+
+/// Returns the frames of a set of frames that are in `frames`, which are not empty.
+#[link_section = ".init.text"]
+fn runs_in(set: &Set, frames: Frames) -> Ranges<'_> {
+    let last = Key::of_frame(frames.end().wrapping_sub(1));
+    Ranges {
+        runs: set.runs_between((Key::of_frame(frames.start()), last)),
+        order: Order::ZERO,
+    }
+}
+
+/// Returns the frames of a grain.
+#[link_section = ".init.text"]
+fn grain_frames(number: u64) -> Frames {
+    let start = Pfn::new(number.wrapping_shl(GRAIN.get()));
+    let frames = start.and_then(|start| Frames::new(start, GRAIN.pages()));
+    // Numbers of grains come from frames; others would be of no memory.
+    frames.unwrap_or(Frames::EMPTY)
+}
+
+/// Returns a single frame.
+#[link_section = ".init.text"]
+fn one_frame(pfn: u64) -> Frames {
+    let frames = Pfn::new(pfn).and_then(|pfn| Frames::new(pfn, 1));
+    frames.unwrap_or(Frames::EMPTY)
+}
+
+impl Takeover {
+    /// Reads and checks the tree at `root`, which must hold the frame `fdt`. Changes nothing.
+    #[link_section = ".init.text"]
+    pub(crate) fn read(root: NodeAddr, fdt: Pfn) -> Result<Self, Refusal> {
+        let mut takeover = Self {
+            // SAFETY: It is surveyed before anything else.
+            tree: Tree::from_root(unsafe { Direct::new() }, root),
+            census: Census::default(),
+            node_count: 0,
+            ranges: 0,
+            nodes: new_set()?,
+            held: new_set()?,
+            ready: new_set()?,
+            raw: new_set()?,
+            mixed: new_set()?,
+        };
+        match takeover.chart(fdt) {
+            Ok(()) => Ok(takeover),
+            Err(refusal) => {
+                takeover.forget();
+                Err(refusal)
+            }
+        }
+    }
+
+    #[link_section = ".init.text"]
+    fn chart(&mut self, fdt: Pfn) -> Result<(), Refusal> {
+        let machine = Memblock;
+        self.node_count = kho_takeover::survey(&self.tree, &machine, &self.nodes)?;
+        self.census = kho_takeover::chart(&self.tree, &machine, &self.held)?;
+        if !self.held.contains(Key::of_frame(fdt.get())) {
+            return Err(Refusal::Fdt(fdt.phys()));
+        }
+        // The nodes of this tree without keys are of no use, and may lie anywhere.
+        for run in self.nodes.runs_between(ALL) {
+            for i in 0..run.count {
+                let node = Key::of_frame(run.first.get().wrapping_add(i));
+                if !self.held.add(node)? {
+                    self.nodes.remove(node);
+                }
+            }
+        }
+        self.ranges = kho_takeover::grains(&self.held, GRAIN, &self.ready)?;
+        Ok(())
+    }
+
+    /// Returns the memory that is held, in whole grains: runs of frames, ascending.
+    #[link_section = ".init.text"]
+    pub(crate) fn busy(&self) -> Ranges<'_> {
+        frames_of(&self.ready)
+    }
+
+    /// Forgets everything; what was reserved stays so.
+    #[link_section = ".init.text"]
+    fn forget(self) {
+        for set in [self.nodes, self.held, self.ready, self.raw, self.mixed] {
+            set.destroy();
+        }
+    }
+
+    /// Reserves everything that is held, and makes it restorable where struct pages are there
+    /// already; or leaves memory as it was.
+    #[link_section = ".init.text"]
+    pub(crate) fn take(self) -> Result<&'static Self, Refusal> {
+        let mut reached = 0u64;
+        if let Err(refusal) = self.reserve(&mut reached) {
+            // What is in mixed grains stays reserved: it cannot be told from what is others'.
+            for set in [&self.ready, &self.raw] {
+                for frames in frames_of(set) {
+                    let frames = frames.head(reached.saturating_sub(frames.start()));
+                    kho_memblock::release(frames);
+                }
+            }
+            self.forget();
+            return Err(refusal);
+        }
+        self.keep_floor();
+        for set in [&self.ready, &self.mixed] {
+            for frames in frames_of(set) {
+                self.adopt(frames);
+            }
+        }
+        // SAFETY: Early boot; nobody looks at it before the next line.
+        let takeover = unsafe { (*&raw mut TAKEOVER).insert(self) };
+        PENDING.store(true, Ordering::Relaxed);
+        Ok(takeover)
+    }
+
+    /// Sorts the grains and reserves them, in ascending order. `reached` is the frame up to which
+    /// that went well.
+    #[link_section = ".init.text"]
+    fn reserve(&self, reached: &mut u64) -> Result<(), Refusal> {
+        kho_takeover::coarsen(&self.ready, MOST_REGIONS)?;
+        let mut region = Frames::EMPTY;
+        for run in self.ready.runs_between(ALL) {
+            for i in 0..run.count {
+                let key = Key::of_frame(run.first.get().wrapping_add(i));
+                let grain = grain_frames(key.get());
+                *reached = region.start();
+                if kho_memblock::is_free(grain) {
+                    if is_raw(grain) {
+                        self.raw.add(key)?;
+                        self.ready.remove(key);
+                    }
+                    if region.end() != grain.start() {
+                        kho_memblock::reserve(region)?;
+                        region = grain;
+                    }
+                    region = region.join(grain).unwrap_or(grain);
+                } else {
+                    self.ready.remove(key);
+                    self.mixed.add(key)?;
+                    kho_memblock::reserve(region)?;
+                    region = Frames::EMPTY;
+                    self.mix(grain)?;
+                }
+            }
+        }
+        kho_memblock::reserve(region)
+    }
+
+    /// Reserves what is free in a mixed grain and initialises its struct pages. All else that is
+    /// not held becomes so: it is not ours to give back.
+    #[link_section = ".init.text"]
+    fn mix(&self, grain: Frames) -> Result<(), Refusal> {
+        // Memory that was preserved may be reserved already, by a user who knows where it is.
+        for frames in runs_in(&self.held, grain) {
+            if kho_memblock::is_reserved(frames) {
+                kho_memblock::mark_noinit(frames)?;
+                init_deferred(frames);
+            }
+        }
+        for frames in runs_in(&self.nodes, grain) {
+            for pfn in frames.start()..frames.end() {
+                let key = Key::of_frame(pfn);
+                if kho_memblock::is_reserved(one_frame(pfn)) {
+                    self.nodes.remove(key);
+                }
+            }
+        }
+        let mut rest = grain;
+        while rest.count() > 0 {
+            let free = kho_memblock::first_free(rest).unwrap_or(rest.tail(rest.count()));
+            let others = rest.head(free.start().wrapping_sub(rest.start()));
+            kho_takeover::fill(&self.held, others)?;
+            kho_memblock::reserve(free)?;
+            init_deferred(free);
+            rest = rest.tail(free.end().wrapping_sub(rest.start()));
+        }
+        Ok(())
+    }
+
+    /// Makes sure that there is some free memory in time: initialises struct pages and has their
+    /// grains given back early where little else is free.
+    #[link_section = ".init.text"]
+    fn keep_floor(&self) {
+        let mut free = kho_memblock::free_frames();
+        for frames in frames_of(&self.ready) {
+            if free >= FLOOR {
+                return;
+            }
+            free = free.saturating_add(self.gap_frames(frames));
+        }
+        for run in self.raw.runs_between(ALL) {
+            for i in 0..run.count {
+                if free >= FLOOR {
+                    return;
+                }
+                let key = Key::of_frame(run.first.get().wrapping_add(i));
+                let grain = grain_frames(key.get());
+                // The set has had this grain: no memory is needed.
+                if self.ready.add(key).is_ok() {
+                    self.raw.remove(key);
+                    init_grain(grain);
+                    free = free.saturating_add(self.gap_frames(grain));
+                }
+            }
+        }
+    }
+
+    /// Returns how many frames of `frames` are not held.
+    #[link_section = ".init.text"]
+    fn gap_frames(&self, frames: Frames) -> u64 {
+        let mut count = 0u64;
+        for block in Gaps::new(&self.held, frames, GRAIN) {
+            count = count.wrapping_add(block.order().pages());
+        }
+        count
+    }
+
+    /// Makes the blocks that start in `frames` restorable.
+    ///
+    /// Memory that several blocks claim goes to the largest of them: the others are not marked, so
+    /// that no frame can be restored twice.
+    #[link_section = ".init.text"]
+    fn adopt(&self, frames: Frames) {
+        for (order, _) in self.census.orders() {
+            let Some(bounds) = kho_takeover::keys(frames, order) else {
+                continue;
+            };
+            for run in self.tree.runs_between(bounds) {
+                let Some(first) = run.first.block() else {
+                    continue;
+                };
+                let mut pfn = first.pfn().get();
+                for _ in 0..run.count {
+                    self.mark(pfn, order);
+                    pfn = pfn.wrapping_add(order.pages());
+                }
+            }
+        }
+    }
+
+    #[link_section = ".init.text"]
+    fn mark(&self, pfn: u64, order: Order) {
+        if self.census.overlap.is_some() {
+            let block = Pfn::new(pfn).and_then(|pfn| Block::new(pfn, order));
+            if block.is_some_and(|it| kho_takeover::is_claimed(&self.tree, &self.census, it)) {
+                return;
+            }
+        }
+        // SAFETY: It is RAM: the block was charted.
+        if let Some(page) = unsafe { Page::of(pfn) } {
+            page.mark(Mark::Preserved, order);
+        }
+    }
+
+    /// Gives what is not held in `frames` to the page allocator.
+    #[link_section = ".init.text"]
+    fn free_gaps(&self, frames: Frames) {
+        let mut count = 0u64;
+        for block in Gaps::new(&self.held, frames, GRAIN) {
+            free_block(block.pfn().get(), block.order());
+            count = count.wrapping_add(block.order().pages());
+        }
+        add_memory(count);
+    }
+
+    /// Initialises a grain, makes its blocks restorable, and gives back the rest.
+    #[link_section = ".init.text"]
+    fn open(&self, grain: Frames) {
+        init_grain(grain);
+        self.adopt(grain);
+        self.free_gaps(grain);
+    }
+
+    /// Gives back the gaps of mixed grains: of those whose surroundings are there as well, or all.
+    #[link_section = ".init.text"]
+    fn open_mixed(&self, all: bool) {
+        for frames in frames_of(&self.mixed) {
+            for number in frames.start() >> GRAIN.get()..frames.end() >> GRAIN.get() {
+                let grain = grain_frames(number);
+                if all || grain.end() <= first_deferred() {
+                    self.mixed.remove(Key::of_frame(number));
+                    self.free_gaps(grain);
+                }
+            }
+        }
+    }
+
+    /// Frees the nodes of the tree, and what was needed to know all this.
+    #[link_section = ".init.text"]
+    fn finish(self) {
+        let mut count = 0u64;
+        for run in self.nodes.runs_between(ALL) {
+            for i in 0..run.count {
+                free_block(run.first.get().wrapping_add(i), Order::ZERO);
+            }
+            count = count.wrapping_add(run.count);
+        }
+        add_memory(count);
+        self.forget();
+    }
+}
+
+/// Returns whether the struct pages of a grain that is only ours are not initialised yet.
+#[link_section = ".init.text"]
+fn is_raw(grain: Frames) -> bool {
+    // SAFETY: Early boot.
+    grain.start() >= unsafe { bindings::kho_glue_first_deferred(nid_of(grain.start())) as u64 }
+}
+
+/// Returns the first frame of all nodes whose struct page is not initialised yet.
+#[link_section = ".init.text"]
+fn first_deferred() -> u64 {
+    let mut first = u64::MAX;
+    let mut nid = kho_memblock::next_node(-1);
+    while nid != bindings::NUMA_NO_NODE {
+        // SAFETY: Early boot.
+        first = first.min(unsafe { bindings::kho_glue_first_deferred(nid) } as u64);
+        nid = kho_memblock::next_node(nid);
+    }
+    first
+}
+
+#[link_section = ".init.text"]
+fn nid_of(pfn: u64) -> c_int {
+    // SAFETY: While there is memblock.
+    unsafe { bindings::kho_glue_early_pfn_to_nid(pfn as usize) }
+}
+
+/// Initialises those struct pages of `frames` that are not yet.
+#[link_section = ".init.text"]
+fn init_deferred(frames: Frames) {
+    if frames.end() > first_deferred() {
+        for pfn in frames.start()..frames.end() {
+            // SAFETY: Early boot, and it is RAM.
+            unsafe { bindings::init_deferred_page(pfn as usize, nid_of(pfn)) };
+        }
+    }
+}
+
+/// Initialises the struct pages of a grain that is only ours.
+///
+/// They differ in nothing but the list head that points to itself: all of a grain is in one zone,
+/// node and section. So the first one is initialised by who knows how, and the others are copies.
+#[link_section = ".init.text"]
+fn init_grain(grain: Frames) {
+    const WORDS: usize = size_of::<bindings::page>() / size_of::<usize>();
+    const LRU: usize = bindings::KHO_PAGE_LRU / size_of::<usize>();
+    const _: () =
+        assert!(size_of::<bindings::page>() % size_of::<usize>() == 0 && LRU + 2 <= WORDS);
+
+    let (start, count) = (grain.start() as usize, grain.count() as usize);
+    // SAFETY: The grain is RAM of one node whose struct pages are deferred, and nobody has any of
+    // it. The struct pages of a block of the largest order are adjacent.
+    unsafe {
+        let first = bindings::kho_glue_pfn_to_page(start);
+        bindings::kho_glue_init_deferred(first, start, nid_of(grain.start()));
+        let words = first.cast::<[usize; WORDS]>().read();
+        for i in 1..count {
+            let page = first.add(i).cast::<usize>();
+            for (at, word) in words.iter().enumerate() {
+                page.add(at).write(*word);
+            }
+            let lru = page.add(LRU);
+            lru.write(lru as usize);
+            lru.add(1).write(lru as usize);
+        }
+        bindings::kho_glue_init_pageblocks(start, count);
+    }
+}
+
+/// Gives a block to the page allocator.
+#[link_section = ".init.text"]
+fn free_block(pfn: u64, order: Order) {
+    // SAFETY: It is nobody's, its struct pages are initialised, and so are those of the block of
+    // the largest order around it.
+    unsafe { bindings::kho_glue_free_block(pfn as usize, order.get()) };
+}
+
+/// Says that there are `count` more pages of memory.
+#[link_section = ".init.text"]
+fn add_memory(count: u64) {
+    // SAFETY: May be called at any time.
+    unsafe { bindings::kho_glue_add_totalram(count as usize) };
+}
+
+/// Returns what was taken over, while something has not been given back.
+#[link_section = ".init.text"]
+fn pending() -> Option<&'static Takeover> {
+    // SAFETY: See the static.
+    unsafe { (*&raw const TAKEOVER).as_ref() }
+}
+
+#[link_section = ".init.text"]
+fn finish() {
+    PENDING.store(false, Ordering::Relaxed);
+    // SAFETY: Who restores is not running yet, and no chunk is being worked on.
+    if let Some(takeover) = unsafe { (&raw mut TAKEOVER).replace(None) } {
+        takeover.finish();
+    }
+}
+
+/// Gives back what may be in use from the moment on that there is a page allocator.
+#[link_section = ".init.text"]
+pub(crate) fn init_free() {
+    kho_sys::set_buddy_is_up();
+    let Some(takeover) = pending() else { return };
+    for frames in frames_of(&takeover.ready) {
+        takeover.free_gaps(frames);
+    }
+    takeover.open_mixed(false);
+    if cfg!(not(CONFIG_DEFERRED_STRUCT_PAGE_INIT)) {
+        finish();
+    }
+}
+
+/// Initialises struct pages and gives back the rest, on all CPUs.
+#[link_section = ".init.text"]
+pub(crate) fn init_late() {
+    let Some(takeover) = pending() else { return };
+    for region in kho_memblock::memory_frames() {
+        let numbers = (
+            region.start().wrapping_add(GRAIN.pages().wrapping_sub(1)) >> GRAIN.get(),
+            region.end() >> GRAIN.get(),
+        );
+        if takeover.has_raw(numbers.0, numbers.1) {
+            // SAFETY: The grains of this region are in no other.
+            unsafe {
+                bindings::kho_glue_in_parallel(
+                    Some(open_chunk),
+                    numbers.0 as usize,
+                    numbers.1 as usize,
+                    CHUNK,
+                )
+            };
+        }
+    }
+    takeover.open_mixed(true);
+    finish();
+}
+
+/// Grains that one CPU works on at a time: 128 MiB where a grain has 4 MiB.
+const CHUNK: usize = 32;
+
+impl Takeover {
+    /// Returns whether there are raw grains from number `start` to before `end`.
+    #[link_section = ".init.text"]
+    fn has_raw(&self, start: u64, end: u64) -> bool {
+        start < end && {
+            let last = Key::of_frame(end.wrapping_sub(1));
+            let mut runs = self.raw.runs_between((Key::of_frame(start), last));
+            runs.next().is_some()
+        }
+    }
+}
+
+/// Opens the raw grains from number `start` to before `end`.
+///
+/// # Safety
+///
+/// Nobody else may be working on these grains.
+#[link_section = ".init.text"]
+unsafe extern "C" fn open_chunk(start: usize, end: usize, _arg: *mut c_void) {
+    let Some(takeover) = pending() else { return };
+    for number in start as u64..end as u64 {
+        if takeover.raw.contains(Key::of_frame(number)) {
+            takeover.open(grain_frames(number));
+            // SAFETY: A thread of its own.
+            unsafe { bindings::kho_glue_cond_resched() };
+        }
+    }
+}
+
+/// Returns whether [`settle`] has anything to do.
+#[inline(always)]
+pub(crate) fn is_pending() -> bool {
+    PENDING.load(Ordering::Relaxed)
+}
+
+/// Makes sure that the struct pages of `frames` are initialised, before anything there is
+/// restored.
+///
+/// That is so from `page_alloc_init_late()` on. Only an `early_initcall` can be earlier; these run
+/// one after the other.
+#[inline]
+pub(crate) fn settle(frames: Frames) {
+    if is_pending() {
+        settle_now(frames);
+    }
+}
+
+// As `__ref` in C: only called while there is `.init.text`.
+#[cold]
+#[link_section = ".ref.text"]
+#[inline(never)]
+fn settle_now(frames: Frames) {
+    let Some(takeover) = pending() else { return };
+    for number in frames.start() >> GRAIN.get()..=frames.end().wrapping_sub(1) >> GRAIN.get() {
+        let key = Key::of_frame(number);
+        if takeover.raw.contains(key) {
+            takeover.open(grain_frames(number));
+            takeover.raw.remove(key);
+        }
+    }
+}
