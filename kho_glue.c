@@ -76,9 +76,9 @@ unsigned long kho_glue_page_to_pfn(const struct page *page)
 	return page_to_pfn(page);
 }
 
-int kho_glue_pfn_to_nid(unsigned long pfn)
+bool kho_glue_one_node(unsigned long first, unsigned long last)
 {
-	return pfn_to_nid(pfn);
+	return pfn_to_nid(first) == pfn_to_nid(last);
 }
 
 int __init kho_glue_early_pfn_to_nid(unsigned long pfn)

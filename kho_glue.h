@@ -58,7 +58,7 @@ struct kho_glue_hint {
 struct page *kho_glue_pfn_to_page(unsigned long pfn);
 struct page *kho_glue_pfn_to_online_page(unsigned long pfn);
 unsigned long kho_glue_page_to_pfn(const struct page *page);
-int kho_glue_pfn_to_nid(unsigned long pfn);
+bool kho_glue_one_node(unsigned long first, unsigned long last);
 int kho_glue_early_pfn_to_nid(unsigned long pfn);
 void kho_glue_init_pages(struct page *page, unsigned long nr_pages);
 struct folio *kho_glue_init_folio(struct page *page, unsigned int order);

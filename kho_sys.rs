@@ -158,18 +158,20 @@ impl NodeMem for Direct {
     #[inline(always)]
     fn enter(&self) -> Inside {
         loop {
-            // SAFETY: May be called by anyone; left when what is made of it here is dropped.
+            // SAFETY: May be called by anyone; left below, or when what is returned is dropped.
             let hint = unsafe { bindings::kho_glue_enter() };
-            // SAFETY: It is the address of a variable, which C has zeroed: a valid hint.
-            let hint = unsafe { NonNull::new_unchecked(hint.cast()) };
             // Who sees the end of a prune also sees what it took out of the tree.
             let generation = GENERATION.load(Ordering::Acquire);
-            // INVARIANT: It is this CPU's hint. The number is even where that is used.
-            let inside = Inside { hint, generation };
             if generation & 1 == 0 {
-                return inside;
+                // INVARIANT: It is this CPU's hint, and the number is even.
+                return Inside {
+                    // SAFETY: It is the address of a variable, which C has zeroed: a valid hint.
+                    hint: unsafe { NonNull::new_unchecked(hint.cast()) },
+                    generation,
+                };
             }
-            drop(inside);
+            // SAFETY: Entered above.
+            unsafe { bindings::kho_glue_leave() };
             wait_for_prune();
         }
     }
@@ -279,10 +281,7 @@ pub(crate) fn one_node(first: u64, last: u64) -> bool {
         return true;
     }
     // SAFETY: The frames have struct pages: they are those of memory that somebody preserves.
-    unsafe {
-        bindings::kho_glue_pfn_to_nid(first as usize)
-            == bindings::kho_glue_pfn_to_nid(last as usize)
-    }
+    unsafe { bindings::kho_glue_one_node(first as usize, last as usize) }
 }
 
 /// What `page->private` says of the first page of a block that was taken over.
@@ -347,11 +346,13 @@ impl Page {
     /// Returns the order of the block that starts here, if it carries `mark`.
     #[inline(always)]
     pub(crate) fn order(self, mark: Mark) -> Option<Order> {
+        // What is left without the mark is the order, or too large for one.
         let private = self.private().load(Ordering::Relaxed);
-        if private >> MARK_SHIFT != mark as usize {
+        let order = private ^ (mark as usize) << MARK_SHIFT;
+        if order > Order::MAX.get() as usize {
             return None;
         }
-        Order::new(private as u32)
+        Order::new(order as u32)
     }
 
     /// Writes `mark` and the order.
