@@ -137,7 +137,10 @@ unsafe extern "C" fn kho_scratch_overlap(phys: u64, size: usize) -> bool {
 unsafe extern "C" fn kho_preserve_folio(folio: *mut bindings::folio) -> c_int {
     // SAFETY: By the caller's contract.
     let block = unsafe { kho_sys::folio_block(folio) };
-    errno(block.ok_or(EINVAL).and_then(kho_pages::preserve))
+    errno(match block {
+        Some(block) => kho_pages::preserve(block),
+        None => Err(EINVAL),
+    })
 }
 
 /// # Safety

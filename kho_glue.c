@@ -17,7 +17,9 @@
 #include <linux/memory_hotplug.h>
 #include <linux/padata.h>
 #include <linux/page-isolation.h>
+#include <linux/percpu.h>
 #include <linux/pgalloc_tag.h>
+#include <linux/preempt.h>
 #include <linux/vmstat.h>
 #include <linux/workqueue.h>
 
@@ -75,9 +77,9 @@ unsigned long kho_glue_page_to_pfn(const struct page *page)
 	return page_to_pfn(page);
 }
 
-int kho_glue_pfn_to_nid(unsigned long pfn)
+bool kho_glue_one_node(unsigned long first, unsigned long last)
 {
-	return pfn_to_nid(pfn);
+	return pfn_to_nid(first) == pfn_to_nid(last);
 }
 
 int __init kho_glue_early_pfn_to_nid(unsigned long pfn)
@@ -95,17 +97,19 @@ void kho_glue_init_pages(struct page *page, unsigned long nr_pages)
 	adjust_managed_page_count(page, nr_pages);
 }
 
-void kho_glue_init_folio(struct page *page, unsigned int order)
+struct folio *kho_glue_init_folio(struct page *page, unsigned int order)
 {
 	unsigned long nr_pages = 1UL << order;
 
 	set_page_count(page, 1);
 	clear_page_tag_ref(page);
-	for (unsigned long i = 1; i < nr_pages; i++)
-		set_page_count(page + i, 0);
-	if (order)
+	if (order) {
+		for (struct page *tail = page + 1; tail < page + nr_pages; tail++)
+			set_page_count(tail, 0);
 		prep_compound_page(page, order);
+	}
 	adjust_managed_page_count(page, nr_pages);
+	return (struct folio *)page;
 }
 
 /* A page of memblock's that outlived it is a reserved one. */
@@ -211,11 +215,6 @@ struct kho_glue_folio kho_glue_folio(struct folio *folio)
 	};
 }
 
-struct folio *kho_glue_page_folio(struct page *page)
-{
-	return page_folio(page);
-}
-
 struct folio *kho_glue_folio_alloc(unsigned int order)
 {
 	return folio_alloc(GFP_KERNEL | __GFP_ZERO, order);
@@ -304,6 +303,20 @@ void *kho_glue_vmap_done(struct vm_struct *area, struct page **pages,
 
 static DEFINE_MUTEX(kho_fdt_mutex);
 static DEFINE_MUTEX(kho_prune_mutex);
+
+static DEFINE_PER_CPU(struct kho_glue_hint, kho_hint);
+
+/* Disables preemption; returns the CPU's hint. */
+struct kho_glue_hint *kho_glue_enter(void)
+{
+	preempt_disable();
+	return this_cpu_ptr(&kho_hint);
+}
+
+void kho_glue_leave(void)
+{
+	preempt_enable();
+}
 
 void kho_glue_mutex_init(struct mutex *lock)
 {

@@ -38,25 +38,30 @@ const size_t RUST_CONST_HELPER_KHO_SCRATCH_ALIGN = KHO_SCRATCH_ALIGN;
 const size_t RUST_CONST_HELPER_KHO_VMALLOC_SIZE = KHO_VMALLOC_SIZE;
 const unsigned int RUST_CONST_HELPER_KHO_MAX_PAGE_ORDER = MAX_PAGE_ORDER;
 const unsigned int RUST_CONST_HELPER_KHO_MAX_FOLIO_ORDER = MAX_FOLIO_ORDER;
+const size_t RUST_CONST_HELPER_KHO_PAGE_PRIVATE = offsetof(struct page, private);
 const unsigned int RUST_CONST_HELPER_KHO_MAX_NODES = MAX_NUMNODES;
 const size_t RUST_CONST_HELPER_KHO_PAGE_LRU = offsetof(struct page, lru);
-const size_t RUST_CONST_HELPER_KHO_PAGE_PRIVATE = offsetof(struct page, private);
 #endif
 
-/* A folio as the tree knows it. */
+/* A folio as the tree knows it; both words are returned in registers. */
 struct kho_glue_folio {
 	unsigned long pfn;
-	unsigned int order;
+	unsigned long order;
 };
+
+/* Room for where a CPU found its last leaf, in one cache line; see kho_radix.rs. */
+struct kho_glue_hint {
+	u64 words[4];
+} __aligned(32);
 
 /* struct pages */
 struct page *kho_glue_pfn_to_page(unsigned long pfn);
 struct page *kho_glue_pfn_to_online_page(unsigned long pfn);
 unsigned long kho_glue_page_to_pfn(const struct page *page);
-int kho_glue_pfn_to_nid(unsigned long pfn);
+bool kho_glue_one_node(unsigned long first, unsigned long last);
 int kho_glue_early_pfn_to_nid(unsigned long pfn);
 void kho_glue_init_pages(struct page *page, unsigned long nr_pages);
-void kho_glue_init_folio(struct page *page, unsigned int order);
+struct folio *kho_glue_init_folio(struct page *page, unsigned int order);
 void kho_glue_free_page(phys_addr_t phys);
 void kho_glue_init_cma(unsigned long pfn, unsigned long nr_pages);
 
@@ -74,7 +79,6 @@ void kho_glue_cond_resched(void);
 
 /* folios */
 struct kho_glue_folio kho_glue_folio(struct folio *folio);
-struct folio *kho_glue_page_folio(struct page *page);
 struct folio *kho_glue_folio_alloc(unsigned int order);
 void *kho_glue_folio_address(struct folio *folio);
 void kho_glue_folio_put(struct folio *folio);
@@ -93,6 +97,8 @@ void *kho_glue_vmap_done(struct vm_struct *area, struct page **pages,
 			 unsigned long nr_pages, bool vm_alloc);
 
 /* locks, time, environment */
+struct kho_glue_hint *kho_glue_enter(void);
+void kho_glue_leave(void);
 void kho_glue_mutex_init(struct mutex *lock);
 void kho_glue_lock_fdt(void);
 void kho_glue_unlock_fdt(void);

@@ -134,7 +134,8 @@ impl Block {
     /// Returns the block of `order` at `pfn`, or [`None`] if that is not aligned to its size.
     #[inline]
     pub(crate) const fn new(pfn: Pfn, order: Order) -> Option<Self> {
-        if pfn.get() & order.pages().wrapping_sub(1) != 0 {
+        let bits = order.get();
+        if pfn.get().wrapping_shr(bits).wrapping_shl(bits) != pfn.get() {
             return None;
         }
         // INVARIANT: Checked above.

@@ -37,7 +37,7 @@ use kernel::{
 /// Refuses memory in a scratch area: the next kernel boots in there, and would refuse all of the
 /// handover for it. Movable memory may lie there, and has to be pinned before it is preserved; who
 /// does not is told by a trace, with debug checks.
-#[inline]
+#[inline(never)]
 fn check_scratch(phys: u64, bytes: u64) -> Result {
     let inside = kho_sys::in_scratch(phys, bytes);
     if cfg!(CONFIG_KEXEC_HANDOVER_DEBUG) {
@@ -55,14 +55,11 @@ fn check_scratch(phys: u64, bytes: u64) -> Result {
 ///
 /// `EOPNOTSUPP` with KHO off, `EEXIST` if exactly this block is preserved already (whoever did
 /// that counts on being the one to undo it), `ENOMEM`; `EINVAL` in scratch.
-#[inline(never)]
+#[inline(always)]
 pub(crate) fn preserve(block: Block) -> Result {
-    check_scratch(block.pfn().phys(), Frames::of_block(block).bytes())?;
-    add(block)
-}
-
-#[inline]
-fn add(block: Block) -> Result {
+    if kho_sys::near_scratch(block) {
+        check_scratch(block.pfn().phys(), Frames::of_block(block).bytes())?;
+    }
     let tree = kho_state::out_tree().ok_or(EOPNOTSUPP)?;
     match tree.add(Key::of(block)) {
         Ok(true) => Ok(()),
@@ -71,8 +68,14 @@ fn add(block: Block) -> Result {
     }
 }
 
-/// Undoes [`preserve`]. With KHO off there is nothing to undo.
+/// As [`preserve`], for who does that with blocks by the way.
 #[inline(never)]
+fn preserve_block(block: Block) -> Result {
+    preserve(block)
+}
+
+/// Undoes [`preserve`]. With KHO off there is nothing to undo.
+#[inline(always)]
 pub(crate) fn unpreserve(block: Block) {
     let Some(tree) = kho_state::out_tree() else {
         return;
@@ -86,16 +89,25 @@ pub(crate) fn unpreserve(block: Block) {
     }
 }
 
+/// As [`unpreserve`], for who does that with blocks by the way.
+#[inline(never)]
+fn unpreserve_block(block: Block) {
+    unpreserve(block);
+}
+
 /// Preserves a range of single pages, all of it or nothing.
 ///
 /// # Errors
 ///
 /// As [`preserve`].
 pub(crate) fn preserve_frames(frames: Frames) -> Result {
-    check_scratch(frames.phys(), frames.bytes())?;
+    // Those of a vmalloc area mostly are.
+    if let Some(page) = frames.only_page() {
+        return preserve_block(page);
+    }
     let mut done = 0u64;
     for block in frames.blocks(kho_sys::one_node) {
-        if let Err(error) = add(block) {
+        if let Err(error) = preserve_block(block) {
             // The cuts are the same again, as far as they went.
             unpreserve_until(frames, done);
             return Err(error);
@@ -112,13 +124,16 @@ fn unpreserve_until(frames: Frames, count: u64) {
         if rest == 0 {
             break;
         }
-        unpreserve(block);
+        unpreserve_block(block);
         rest = rest.wrapping_sub(block.order().pages());
     }
 }
 
 /// Undoes [`preserve_frames`] for the same range.
 pub(crate) fn unpreserve_frames(frames: Frames) {
+    if let Some(page) = frames.only_page() {
+        return unpreserve_block(page);
+    }
     unpreserve_until(frames, frames.count());
 }
 
@@ -151,23 +166,41 @@ const NOTHING: &str = "nothing to restore: not preserved, or restored already";
 
 /// Restores a folio with the order it was preserved with; the caller has the only reference.
 /// [`None`] if none was preserved at `phys` or it has been restored.
+#[inline(always)]
 pub(crate) fn restore_folio(phys: u64) -> Option<*mut bindings::folio> {
-    let folio = || {
-        kho_withheld::settle(Frames::covering(phys, 1)?);
-        let page = Page::online(phys >> super::PAGE_SHIFT)?;
-        let order = page.order(Mark::Preserved)?;
-        // A range of pages may have been preserved in one block that is too large for a folio.
-        if order.get() > bindings::KHO_MAX_FOLIO_ORDER {
-            return None;
+    if kho_withheld::is_pending() {
+        settle_folio(phys);
+    }
+    if let Some(page) = Page::online(phys >> super::PAGE_SHIFT) {
+        if let Some(order) = page.order(Mark::Preserved) {
+            // A range of pages may have been preserved in one block that is too large for a folio.
+            if order.get() <= bindings::KHO_MAX_FOLIO_ORDER
+                && page.turn(Mark::Preserved, Mark::Claimed, order)
+            {
+                return Some(page.into_folio(order));
+            }
         }
-        kho_withheld::settle(Frames::covering(phys, order.pages() << super::PAGE_SHIFT)?);
-        let order = page.turn(Mark::Preserved, Mark::Claimed)?;
-        Some(page.into_folio(order))
+    }
+    kho_sys::complain(NOTHING, phys);
+    None
+}
+
+/// Has the struct pages of a folio initialised, as far as that is still to be done.
+#[cold]
+#[inline(never)]
+fn settle_folio(phys: u64) {
+    let settle = |size| {
+        if let Some(frames) = Frames::covering(phys, size) {
+            kho_withheld::settle(frames);
+        }
     };
-    folio().or_else(|| {
-        kho_sys::complain(NOTHING, phys);
-        None
-    })
+    settle(1);
+    let page = Page::online(phys >> super::PAGE_SHIFT);
+    if let Some(order) = page.and_then(|page| page.order(Mark::Preserved)) {
+        if order.get() <= bindings::KHO_MAX_FOLIO_ORDER {
+            settle(order.pages() << super::PAGE_SHIFT);
+        }
+    }
 }
 
 /// What is done with each block of a range on its way to being restored.
@@ -201,7 +234,7 @@ fn walk(frames: Frames, step: Step) -> u64 {
         match step {
             Step::Check => {}
             Step::Claim | Step::Unclaim => {
-                if page.turn(from, to).is_none() {
+                if !page.turn(from, to, order) {
                     break;
                 }
             }
@@ -264,7 +297,7 @@ pub(crate) fn alloc_preserve(size: usize) -> Result<*mut c_void> {
     }
     // SAFETY: The folio is ours.
     let block = unsafe { kho_sys::folio_block(folio) };
-    match block.ok_or(EINVAL).and_then(preserve) {
+    match block.ok_or(EINVAL).and_then(preserve_block) {
         // SAFETY: The folio is ours.
         Ok(()) => Ok(unsafe { bindings::kho_glue_folio_address(folio) }),
         Err(error) => {

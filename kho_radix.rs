@@ -27,6 +27,25 @@
 //!   away, and need to be alone in the tree. [`NodeMem::enter`] is how `add` and `remove` keep
 //!   out of `prune`'s way.
 //!
+//! # Hints
+//!
+//! Keys that are added or removed one after the other mostly share a leaf. So each CPU notes the
+//! leaf that it used last, see [`Hint`], and goes there without a descent if the next key belongs
+//! to it:
+//!
+//! ```text
+//!  hint    generation | root | key >> LEAF_BITS | leaf
+//!          the same as now, as this tree's, as this key's?  yes: the leaf.  no: descend, and note.
+//! ```
+//!
+//! A hint says "this tree has that leaf for those keys", which stays true for as long as no node is
+//! taken away, whoever noted it. [`NodeMem::forget`] starts a new generation and so makes all hints
+//! useless at once; `prune` and `destroy` call it while they are alone, before they free anything.
+//! Hints are read and written between `enter` and the end of the pass only. So whoever finds a hint
+//! of the present generation is in the tree, and no node has been taken away since it was noted.
+//!
+//! Hints are no shared state: CPUs that use different leaves write to no common cache line.
+//!
 //! The format is ABI:
 //! [`include/linux/kho/abi/kexec_handover.h`](srctree/include/linux/kho/abi/kexec_handover.h).
 
@@ -37,6 +56,7 @@ use super::kho_key::{
 use super::kho_word::Word;
 use super::PAGE_SHIFT;
 use core::{
+    cell::Cell,
     mem::size_of,
     num::NonZeroU64, //
 };
@@ -76,10 +96,14 @@ impl Node {
         &self.words[(index & (WORDS - 1)) as usize]
     }
 
-    /// Returns whether no bit is set and no entry is used, looking at the words from `start` on
-    /// first, as those are the likeliest to say no.
-    fn is_empty(&self, start: u64) -> bool {
-        (0..WORDS).all(|i| self.word(start.wrapping_add(i)).load() == 0)
+    /// Returns whether no bit is set and no entry is used, looking at the words around `near`
+    /// first: who empties a leaf in either direction finds the words that are still used there.
+    #[inline(never)]
+    fn is_empty(&self, near: u64) -> bool {
+        (0..=WORDS / 2).all(|i| {
+            let (up, down) = (near.wrapping_add(i), near.wrapping_sub(i));
+            self.word(up).load() == 0 && self.word(down).load() == 0
+        })
     }
 
     /// Returns the first run of set bits at or after bit `from`: its first bit, and how many.
@@ -198,16 +222,78 @@ impl NodeAddr {
     }
 }
 
+/// Where a CPU found a leaf; all zeroes is a hint that never matches.
+///
+/// # Invariants
+///
+/// While nodes are of `generation`, the tree whose root is at `root` has its leaf for the keys whose
+/// upper bits are `keys` at `leaf`; or `root` is 0.
+#[repr(C)]
+pub(crate) struct Hint {
+    generation: Cell<u64>,
+    root: Cell<u64>,
+    keys: Cell<u64>,
+    leaf: Cell<u64>,
+}
+
+impl Hint {
+    /// Returns the leaf for `key`, if it is the one that was noted.
+    #[inline(always)]
+    fn recall(&self, generation: u64, root: NodeAddr, key: Key) -> Option<NodeAddr> {
+        if self.keys.get() != leaf_keys(key)
+            || self.root.get() != root.get()
+            || self.generation.get() != generation
+        {
+            return None;
+        }
+        NodeAddr::new(self.leaf.get())
+    }
+
+    #[inline(always)]
+    fn note(&self, generation: u64, root: NodeAddr, key: Key, leaf: NodeAddr) {
+        self.generation.set(generation);
+        self.root.set(root.get());
+        self.keys.set(leaf_keys(key));
+        self.leaf.set(leaf.get());
+    }
+}
+
+impl Default for Hint {
+    fn default() -> Self {
+        // INVARIANT: The root is 0.
+        Self {
+            generation: Cell::new(0),
+            root: Cell::new(0),
+            keys: Cell::new(0),
+            leaf: Cell::new(0),
+        }
+    }
+}
+
+/// Being in the tree, until this is dropped.
+pub(crate) trait Pass {
+    /// Returns the hint of this CPU, which nobody else uses during the pass.
+    fn hint(&self) -> &Hint;
+
+    /// Returns the generation that nodes were of when the tree was entered. It stays the same until
+    /// the pass ends.
+    fn generation(&self) -> u64;
+}
+
 /// Where nodes live.
-pub(crate) trait NodeMem {
+pub(crate) trait NodeMem: Copy {
     /// Is held by [`Tree::add`] and [`Tree::remove`] while they look at nodes, but not while they
     /// allocate. [`Tree::prune`] must only be called while nobody holds one.
-    type Pass<'a>
+    type Pass<'a>: Pass
     where
         Self: 'a;
 
     /// Enters the tree, waiting while it is being pruned.
     fn enter(&self) -> Self::Pass<'_>;
+
+    /// Starts a new generation of nodes: every [`Hint`] is useless from now on, in all trees of this
+    /// memory. Nobody may be in a tree of which nodes are about to be taken away.
+    fn forget(&self);
 
     /// Allocates a node of zeroes. May sleep.
     fn alloc(&self) -> Option<NodeAddr>;
@@ -322,6 +408,12 @@ const fn table_index(key: Key, level: u32) -> u64 {
     key.get().wrapping_shr(level_shift(level))
 }
 
+/// Returns the bits of `key` that it shares with all keys of its leaf.
+#[inline(always)]
+const fn leaf_keys(key: Key) -> u64 {
+    key.get() >> LEAF_BITS
+}
+
 /// Returns the word for `key` in its leaf.
 #[inline(always)]
 const fn leaf_index(key: Key) -> u64 {
@@ -357,20 +449,33 @@ impl<M: NodeMem> Tree<M> {
         self.root
     }
 
+    /// Returns where the leaf for `key` is, or the level and entry where the way to it ends.
+    #[inline(always)]
+    fn locate(&self, key: Key) -> Result<NodeAddr, (u32, &Word)> {
+        let mut addr = self.root;
+        let mut level = ROOT;
+        while level > 0 {
+            let entry = self.mem.node(addr).word(table_index(key, level));
+            addr = NodeAddr::new(entry.follow()).ok_or((level, entry))?;
+            level = level.wrapping_sub(1);
+        }
+        Ok(addr)
+    }
+
     /// Returns the leaf for `key`, or the level and entry where the way to it ends.
     #[inline(always)]
     fn find(&self, key: Key) -> Result<&Node, (u32, &Word)> {
-        let mut node = self.mem.node(self.root);
-        let mut level = ROOT;
-        while level > 0 {
-            let entry = node.word(table_index(key, level));
-            let Some(addr) = NodeAddr::new(entry.follow()) else {
-                return Err((level, entry));
-            };
-            node = self.mem.node(addr);
-            level = level.wrapping_sub(1);
-        }
-        Ok(node)
+        self.locate(key).map(|addr| self.mem.node(addr))
+    }
+
+    /// Finds the leaf for `key` as [`Tree::find`], and notes it.
+    #[inline(always)]
+    fn search(&self, pass: &M::Pass<'_>, key: Key) -> Result<&Node, (u32, &Word)> {
+        let addr = self.locate(key)?;
+        // INVARIANT: It has just been found. No node is taken away during the pass, and the
+        // generation changes before any is.
+        pass.hint().note(pass.generation(), self.root, key, addr);
+        Ok(self.mem.node(addr))
     }
 
     /// Adds `key`; returns whether it is new. May sleep.
@@ -378,15 +483,23 @@ impl<M: NodeMem> Tree<M> {
     /// # Errors
     ///
     /// [`NoMemory`] if a node was needed and could not be allocated; the tree is as it was then.
-    // Not inlined, as nothing of this and of `remove()` is: the code is there once.
-    #[inline(never)]
+    #[inline(always)]
     pub(crate) fn add(&self, key: Key) -> Result<bool, NoMemory> {
-        {
-            let _pass = self.mem.enter();
-            if let Ok(leaf) = self.find(key) {
-                return Ok(set(leaf, key));
-            }
+        let pass = self.mem.enter();
+        match pass.hint().recall(pass.generation(), self.root, key) {
+            Some(leaf) => Ok(set(self.mem.node(leaf), key)),
+            None => Self::from_root(self.mem, self.root).add_elsewhere(pass, key),
         }
+    }
+
+    /// Adds `key` to another leaf than the last one.
+    // By value, so that the tree need not be in memory for `add()` to call this.
+    #[inline(never)]
+    fn add_elsewhere(self, pass: M::Pass<'_>, key: Key) -> Result<bool, NoMemory> {
+        if let Ok(leaf) = self.search(&pass, key) {
+            return Ok(set(leaf, key));
+        }
+        drop(pass);
         self.grow(key)
     }
 
@@ -421,20 +534,21 @@ impl<M: NodeMem> Tree<M> {
     }
 
     /// Removes `key`.
-    #[inline(never)]
+    #[inline(always)]
     pub(crate) fn remove(&self, key: Key) -> Removal {
-        let _pass = self.mem.enter();
-        let Ok(leaf) = self.find(key) else {
-            return Removal::Absent;
-        };
-        let (index, mask) = (leaf_index(key), leaf_mask(key));
-        let old = leaf.word(index).clear(mask);
-        if old & mask == 0 {
-            Removal::Absent
-        } else if old == mask && leaf.is_empty(index.wrapping_add(1)) {
-            Removal::Emptied
-        } else {
-            Removal::Removed
+        let pass = self.mem.enter();
+        match pass.hint().recall(pass.generation(), self.root, key) {
+            Some(leaf) => clear(self.mem.node(leaf), key),
+            None => Self::from_root(self.mem, self.root).remove_elsewhere(pass, key),
+        }
+    }
+
+    /// Removes `key` from another leaf than the last one.
+    #[inline(never)]
+    fn remove_elsewhere(self, pass: M::Pass<'_>, key: Key) -> Removal {
+        match self.search(&pass, key) {
+            Ok(leaf) => clear(leaf, key),
+            Err(_) => Removal::Absent,
         }
     }
 
@@ -481,8 +595,7 @@ impl<M: NodeMem> Tree<M> {
                 .find_map(|i| NodeAddr::new(node.word(i).follow()).map(|addr| (i, addr)));
             if let Some((index, addr)) = found {
                 if index != start {
-                    key =
-                        (key.wrapping_shr(shift) & !(WORDS - 1) | index).wrapping_shl(shift);
+                    key = (key.wrapping_shr(shift) & !(WORDS - 1) | index).wrapping_shl(shift);
                 }
                 if key > last.get() {
                     return None;
@@ -565,6 +678,7 @@ impl<M: NodeMem> Tree<M> {
     ///
     /// Nobody else may be in the tree.
     pub(crate) fn prune(&self, ours: bool) {
+        self.mem.forget();
         self.prune_node(self.mem.node(self.root), ROOT, ours);
     }
 
@@ -588,6 +702,7 @@ impl<M: NodeMem> Tree<M> {
 
     /// Frees every node. Nobody else may be in the tree or come to it.
     pub(crate) fn destroy(self) {
+        self.mem.forget();
         self.destroy_node(self.root, ROOT);
     }
 
@@ -607,6 +722,20 @@ impl<M: NodeMem> Tree<M> {
 fn set(leaf: &Node, key: Key) -> bool {
     let mask = leaf_mask(key);
     leaf.word(leaf_index(key)).set(mask) & mask == 0
+}
+
+/// Clears the bit of `key`, and says what became of it.
+#[inline(always)]
+fn clear(leaf: &Node, key: Key) -> Removal {
+    let (index, mask) = (leaf_index(key), leaf_mask(key));
+    let word = leaf.word(index);
+    if word.clear(mask) & mask == 0 {
+        Removal::Absent
+    } else if word.load() == 0 && leaf.is_empty(index) {
+        Removal::Emptied
+    } else {
+        Removal::Removed
+    }
 }
 
 /// Sees the nodes of a tree; each function returns whether to go on.

@@ -84,6 +84,15 @@ impl Frames {
         }
     }
 
+    /// Returns the only page of the range, if it has just one.
+    #[inline]
+    pub(crate) fn only_page(self) -> Option<Block> {
+        if self.count() != 1 {
+            return None;
+        }
+        Block::new(Pfn::new(self.start)?, Order::ZERO)
+    }
+
     /// Returns the first frame's number.
     #[inline]
     pub(crate) const fn start(self) -> u64 {

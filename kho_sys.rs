@@ -17,24 +17,28 @@ use super::kho_key::{
     Pfn, //
 };
 use super::kho_radix::{
+    Hint,
     Node,
     NodeAddr,
     NodeMem,
+    Pass,
     Tree, //
 };
 use super::kho_range::Frames;
+use super::PAGE_SHIFT;
 use core::{
     ptr::NonNull,
     sync::atomic::{
         AtomicBool,
+        AtomicU32,
+        AtomicU64,
         AtomicUsize,
         Ordering, //
     },
 };
 use kernel::{
     bindings,
-    prelude::*,
-    sync::rcu, //
+    prelude::*, //
 };
 
 /// The direct map is linear: what is added to a physical address to get its virtual one.
@@ -68,11 +72,54 @@ pub(crate) fn phys<T>(virt: *mut T) -> u64 {
     unsafe { bindings::kho_glue_virt_to_phys(virt.cast()) }
 }
 
-/// Set while the outgoing tree is being pruned.
+/// The generation of tree nodes, for [`Hint`]; odd while a tree is being pruned.
 ///
-/// Who is in a tree holds the RCU read lock and has seen this unset; so once a grace period has
-/// passed since it was set, whoever prunes is alone. Who comes meanwhile waits for the prune mutex.
-static PRUNING: AtomicBool = AtomicBool::new(false);
+/// Who is in a tree has preemption disabled and has seen an even number. That is a read-side section
+/// for RCU. So once a grace period has passed since the number became odd, whoever prunes is alone.
+/// Who comes meanwhile waits for the prune mutex.
+static GENERATION: AtomicU64 = AtomicU64::new(0);
+
+/// Being in a tree: preemption is disabled until this is dropped.
+///
+/// # Invariants
+///
+/// `hint` points to this CPU's hint. `generation` is even.
+pub(crate) struct Inside {
+    hint: NonNull<Hint>,
+    generation: u64,
+}
+
+impl Pass for Inside {
+    #[inline(always)]
+    fn hint(&self) -> &Hint {
+        // SAFETY: By the type invariant. Trees are not used from interrupts, and nobody else runs
+        // on this CPU while preemption is disabled.
+        unsafe { self.hint.as_ref() }
+    }
+
+    #[inline(always)]
+    fn generation(&self) -> u64 {
+        self.generation
+    }
+}
+
+impl Drop for Inside {
+    #[inline(always)]
+    fn drop(&mut self) {
+        // SAFETY: Entered when this was made.
+        unsafe { bindings::kho_glue_leave() };
+    }
+}
+
+// C has room for a hint, see `kho_glue_enter()`.
+const _: () = {
+    use core::mem::{
+        align_of,
+        size_of, //
+    };
+    assert!(size_of::<Hint>() == size_of::<bindings::kho_glue_hint>());
+    assert!(align_of::<Hint>() <= align_of::<bindings::kho_glue_hint>());
+};
 
 /// Whether free memory is the page allocator's, and no longer memblock's.
 static BUDDY_IS_UP: AtomicBool = AtomicBool::new(false);
@@ -84,6 +131,7 @@ pub(crate) fn set_buddy_is_up() {
 }
 
 /// Tree nodes in the direct map.
+#[derive(Clone, Copy)]
 pub(crate) struct Direct {
     offset: usize,
 }
@@ -105,19 +153,32 @@ impl Direct {
 }
 
 impl NodeMem for Direct {
-    type Pass<'a> = rcu::Guard;
+    type Pass<'a> = Inside;
 
     #[inline(always)]
-    fn enter(&self) -> rcu::Guard {
+    fn enter(&self) -> Inside {
         loop {
-            let guard = rcu::read_lock();
+            // SAFETY: May be called by anyone; left below, or when what is returned is dropped.
+            let hint = unsafe { bindings::kho_glue_enter() };
             // Who sees the end of a prune also sees what it took out of the tree.
-            if !PRUNING.load(Ordering::Acquire) {
-                return guard;
+            let generation = GENERATION.load(Ordering::Acquire);
+            if generation & 1 == 0 {
+                // INVARIANT: It is this CPU's hint, and the number is even.
+                return Inside {
+                    // SAFETY: It is the address of a variable, which C has zeroed: a valid hint.
+                    hint: unsafe { NonNull::new_unchecked(hint.cast()) },
+                    generation,
+                };
             }
-            drop(guard);
+            // SAFETY: Entered above.
+            unsafe { bindings::kho_glue_leave() };
             wait_for_prune();
         }
+    }
+
+    fn forget(&self) {
+        // Who comes to a tree that uses these nodes again does so after they were freed.
+        GENERATION.fetch_add(2, Ordering::Relaxed);
     }
 
     // The page allocator is there, or memblock is, which is gone later; as `__ref` in C.
@@ -173,11 +234,11 @@ pub(crate) fn prune(tree: &Tree<Direct>) {
     // SAFETY: The mutex is a static one, and this runs from a work queue, where waiting for a
     // grace period is allowed.
     unsafe { bindings::kho_glue_lock_prune() };
-    PRUNING.store(true, Ordering::Relaxed);
+    GENERATION.fetch_add(1, Ordering::Relaxed);
     // SAFETY: As above.
     unsafe { bindings::synchronize_rcu() };
     tree.prune(true);
-    PRUNING.store(false, Ordering::Release);
+    GENERATION.fetch_add(1, Ordering::Release);
     // SAFETY: Locked above.
     unsafe { bindings::kho_glue_unlock_prune() };
 }
@@ -198,7 +259,8 @@ pub(crate) fn schedule_prune() {
 pub(crate) unsafe fn folio_block(folio: *mut bindings::folio) -> Option<Block> {
     // SAFETY: By the caller's contract.
     let folio = unsafe { bindings::kho_glue_folio(folio) };
-    Block::new(Pfn::new(folio.pfn as u64)?, Order::new(folio.order)?)
+    // CAST: An order is a small number.
+    Block::new(Pfn::new(folio.pfn as u64)?, Order::new(folio.order as u32)?)
 }
 
 /// Returns the frames of `count` struct pages from `page` on.
@@ -219,10 +281,7 @@ pub(crate) fn one_node(first: u64, last: u64) -> bool {
         return true;
     }
     // SAFETY: The frames have struct pages: they are those of memory that somebody preserves.
-    unsafe {
-        bindings::kho_glue_pfn_to_nid(first as usize)
-            == bindings::kho_glue_pfn_to_nid(last as usize)
-    }
+    unsafe { bindings::kho_glue_one_node(first as usize, last as usize) }
 }
 
 /// What `page->private` says of the first page of a block that was taken over.
@@ -251,6 +310,7 @@ pub(crate) struct Page(NonNull<bindings::page>);
 
 impl Page {
     /// Returns the struct page of a frame that is online.
+    #[inline(always)]
     pub(crate) fn online(pfn: u64) -> Option<Self> {
         // SAFETY: Takes any number.
         let page = unsafe { bindings::kho_glue_pfn_to_online_page(pfn as usize) };
@@ -287,23 +347,24 @@ impl Page {
         Self(unsafe { self.0.add(count) })
     }
 
-    #[inline]
-    fn private(&self) -> &AtomicUsize {
+    /// Returns `page->private`.
+    #[inline(always)]
+    pub(crate) fn private(&self) -> &AtomicUsize {
         // SAFETY: By the type invariant there is a struct page, and `private` is a word in it,
         // aligned as one. Nobody else uses that of preserved memory.
-        unsafe {
-            let private = self.0.as_ptr().byte_add(bindings::KHO_PAGE_PRIVATE);
-            AtomicUsize::from_ptr(private.cast())
-        }
+        unsafe { &*self.as_ptr().byte_add(bindings::KHO_PAGE_PRIVATE).cast() }
     }
 
     /// Returns the order of the block that starts here, if it carries `mark`.
+    #[inline(always)]
     pub(crate) fn order(self, mark: Mark) -> Option<Order> {
+        // What is left without the mark is the order, or too large for one.
         let private = self.private().load(Ordering::Relaxed);
-        if private >> MARK_SHIFT != mark as usize {
+        let order = private ^ (mark as usize) << MARK_SHIFT;
+        if order > Order::MAX.get() as usize {
             return None;
         }
-        Order::new(private as u32)
+        Order::new(order as u32)
     }
 
     /// Writes `mark` and the order.
@@ -312,24 +373,22 @@ impl Page {
         self.private().store(private, Ordering::Relaxed);
     }
 
-    /// Turns mark `from` into `to`; returns the order, or [`None`] if somebody else was faster.
-    pub(crate) fn turn(self, from: Mark, to: Mark) -> Option<Order> {
-        let order = self.order(from)?;
+    /// Turns mark `from` into `to` on a block of `order`; returns false if somebody else was
+    /// faster.
+    #[inline(always)]
+    pub(crate) fn turn(self, from: Mark, to: Mark, order: Order) -> bool {
         let word = |mark: Mark| (mark as usize) << MARK_SHIFT | order.get() as usize;
         self.private()
             .compare_exchange(word(from), word(to), Ordering::AcqRel, Ordering::Relaxed)
-            .ok()?;
-        Some(order)
+            .is_ok()
     }
 
     /// Makes the claimed block a folio that the caller has the only reference to.
+    #[inline(always)]
     pub(crate) fn into_folio(self, order: Order) -> *mut bindings::folio {
         self.private().store(0, Ordering::Relaxed);
         // SAFETY: The block was claimed, so that it is nobody else's; all of it was preserved.
-        unsafe {
-            bindings::kho_glue_init_folio(self.as_ptr(), order.get());
-            bindings::kho_glue_page_folio(self.as_ptr())
-        }
+        unsafe { bindings::kho_glue_init_folio(self.as_ptr(), order.get()) }
     }
 
     /// Makes the claimed block single pages that the caller has the only reference to.
@@ -387,6 +446,41 @@ pub(crate) fn in_scratch(phys: u64, size: u64) -> bool {
         // C hands over empty areas.
         area.size > 0 && phys < area.addr.saturating_add(area.size) && area.addr < end
     })
+}
+
+/// A coarse map of scratch: bit `n % 64` is set if the `n`th granule of memory, which has
+/// `2^GRANULE` pages, holds part of a scratch area. Until it is made, all of memory does.
+static SCRATCH_MAP: AtomicU64 = AtomicU64::new(u64::MAX);
+static GRANULE: AtomicU32 = AtomicU32::new(Order::MAX.get());
+
+/// Draws the map of scratch, when the scratch areas are known.
+#[link_section = ".init.text"]
+pub(crate) fn map_scratch() {
+    // SAFETY: The number is known by the time there is memory to preserve.
+    let frames = unsafe { bindings::max_pfn } as u64;
+    // 64 granules cover all of RAM; what is plugged in later shares bits with it.
+    let granule = u64::BITS.wrapping_sub((frames >> 6).leading_zeros());
+    let mut map = 0u64;
+    for area in scratch().iter().filter(|area| area.size > 0) {
+        let granule_of = |phys: u64| (phys >> PAGE_SHIFT).wrapping_shr(granule);
+        let first = granule_of(area.addr);
+        let last = granule_of(area.addr.saturating_add(area.size.wrapping_sub(1)));
+        for n in first..=last.min(first.wrapping_add(63)) {
+            map |= 1u64.wrapping_shl(n as u32);
+        }
+    }
+    GRANULE.store(granule, Ordering::Relaxed);
+    SCRATCH_MAP.store(map, Ordering::Relaxed);
+}
+
+/// Returns whether `block` may be in a scratch area, quickly: no is right, yes need not be.
+#[inline(always)]
+pub(crate) fn near_scratch(block: Block) -> bool {
+    let granule = GRANULE.load(Ordering::Relaxed);
+    // A block that is no larger than a granule lies in one, as it is aligned to its size.
+    let n = block.pfn().get().wrapping_shr(granule);
+    block.order().get() > granule
+        || SCRATCH_MAP.load(Ordering::Relaxed).wrapping_shr(n as u32) & 1 != 0
 }
 
 /// An FDT in memory.

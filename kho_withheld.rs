@@ -546,7 +546,8 @@ fn init_deferred(frames: Frames) {
 fn init_grain(grain: Frames) {
     const WORDS: usize = size_of::<bindings::page>() / size_of::<usize>();
     const LRU: usize = bindings::KHO_PAGE_LRU / size_of::<usize>();
-    const _: () = assert!(size_of::<bindings::page>() % size_of::<usize>() == 0 && LRU + 2 <= WORDS);
+    const _: () =
+        assert!(size_of::<bindings::page>() % size_of::<usize>() == 0 && LRU + 2 <= WORDS);
 
     let (start, count) = (grain.start() as usize, grain.count() as usize);
     // SAFETY: The grain is RAM of one node whose struct pages are deferred, and nobody has any of
@@ -671,6 +672,12 @@ unsafe extern "C" fn open_chunk(start: usize, end: usize, _arg: *mut c_void) {
     }
 }
 
+/// Returns whether [`settle`] has anything to do.
+#[inline(always)]
+pub(crate) fn is_pending() -> bool {
+    PENDING.load(Ordering::Relaxed)
+}
+
 /// Makes sure that the struct pages of `frames` are initialised, before anything there is
 /// restored.
 ///
@@ -678,7 +685,7 @@ unsafe extern "C" fn open_chunk(start: usize, end: usize, _arg: *mut c_void) {
 /// one after the other.
 #[inline]
 pub(crate) fn settle(frames: Frames) {
-    if PENDING.load(Ordering::Relaxed) {
+    if is_pending() {
         settle_now(frames);
     }
 }

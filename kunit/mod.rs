@@ -10,7 +10,11 @@
 //! All suites pass with KHO on and off. What is refused with KHO off is part of the tests; see
 //! [`expect`].
 
-use super::kho_key::Order;
+use super::kho_key::{
+    Block,
+    Order,
+    Pfn, //
+};
 use super::kho_sys::{
     self,
     Mark,
@@ -20,6 +24,7 @@ use super::{
     kho_state,
     PAGE_SHIFT, //
 };
+use core::sync::atomic::Ordering;
 use kernel::{
     bindings,
     prelude::*, //
@@ -99,7 +104,7 @@ impl Drop for Pages {
             unsafe {
                 for index in 0..self.count() as u64 {
                     if let Ok(page) = self.page(index) {
-                        kernel::bindings::kho_glue_page_private(page.as_ptr()).write(0);
+                        page.private().store(0, Ordering::Relaxed);
                     }
                 }
                 bindings::free_pages(kho_sys::virt::<c_void>(self.phys) as usize, self.order);
@@ -196,6 +201,30 @@ mod radix {
     }
 
     #[test]
+    fn hints_do_not_outlive_nodes() -> Result {
+        let other = tree()?;
+        for _ in 0..3 {
+            let tree = tree()?;
+            for _ in 0..3 {
+                assert!(tree.add(key(5)?) == Ok(true));
+                assert!(other.add(key(5)?) == Ok(true));
+                assert!(tree.add(key(6)?) == Ok(true));
+                assert!(tree.remove(key(5)?) == Removal::Removed);
+                assert!(tree.remove(key(6)?) == Removal::Emptied);
+                assert!(other.remove(key(5)?) == Removal::Emptied);
+                kho_sys::prune(&tree);
+                assert_eq!(count(&tree), (1, 0));
+                assert_eq!(count(&other), (6, 0));
+            }
+            assert!(tree.add(key(5)?) == Ok(true));
+            assert_eq!(count(&tree), (6, 1));
+            tree.destroy();
+        }
+        other.destroy();
+        Ok(())
+    }
+
+    #[test]
     fn c_api() -> Result {
         let mut c = bindings::kho_radix_tree::default();
         let walk = |leaf| bindings::kho_radix_walk_cb { leaf, node: None };
@@ -285,6 +314,42 @@ mod pages {
             crate::kho_unpreserve_pages(pages.ptr(1), 3);
             crate::kho_unpreserve_pages(pages.ptr(4), 2);
         }
+        Ok(())
+    }
+
+    #[test]
+    fn scratch_is_refused() -> Result {
+        if !kho_state::is_enabled() {
+            return Ok(());
+        }
+        assert!(!kho_sys::scratch().is_empty());
+        let pages = 1u64 << PAGE_SHIFT;
+        for area in kho_sys::scratch().iter().filter(|area| area.size > 0) {
+            // Steps that meet all parts of the map, and the last page.
+            let steps = (0..area.size).step_by(1 << 20);
+            for offset in steps.chain([area.size - pages]) {
+                let block = Pfn::from_phys(area.addr + offset)
+                    .and_then(|pfn| Block::new(pfn, Order::ZERO))
+                    .ok_or(EINVAL)?;
+                assert!(kho_sys::near_scratch(block));
+                assert!(kho_sys::in_scratch(area.addr + offset, pages));
+                // A larger block that starts in memory before the area, or in it.
+                let large = block.enclosing(Order::new(15).ok_or(EINVAL)?);
+                assert!(kho_sys::near_scratch(large));
+            }
+            // SAFETY: Always safe to call.
+            assert!(unsafe { crate::kho_scratch_overlap(area.addr, 1) });
+        }
+        // Most of memory is told from scratch at once: these pages, if any.
+        // SAFETY: A number that does not change any more.
+        let frames = unsafe { bindings::max_pfn } as u64;
+        let blocks = (0..64u64).filter_map(|n| Block::new(Pfn::new(frames * n / 64)?, Order::ZERO));
+        assert!(
+            blocks
+                .filter(|block| !kho_sys::near_scratch(*block))
+                .count()
+                > 16
+        );
         Ok(())
     }
 

@@ -23,6 +23,7 @@ use super::kho_key::{
     Pfn, //
 };
 use super::kho_radix::{
+    Hint,
     Node,
     NodeAddr,
     NodeMem,
@@ -30,6 +31,7 @@ use super::kho_radix::{
     Tree, //
 };
 use super::PAGE_SHIFT;
+use std::cell::Cell;
 use std::sync::{
     atomic::{
         AtomicBool,
@@ -222,6 +224,8 @@ struct Mem {
     strict: AtomicBool,
     /// Who is in the tree shares this, if there is one.
     gate: Option<RwLock<()>>,
+    /// The generation of nodes, which no two memories share.
+    generation: AtomicU64,
     /// How often memory was asked for anything.
     steps: AtomicU64,
     script: Mutex<Option<(u64, u64, Vec<Action>)>>,
@@ -240,6 +244,7 @@ impl Mem {
             inside: AtomicU32::new(0),
             strict: AtomicBool::new(false),
             gate: None,
+            generation: AtomicU64::new(GENERATIONS.fetch_add(1, SeqCst)),
             steps: AtomicU64::new(0),
             script: Mutex::new(None),
             scripted: AtomicBool::new(false),
@@ -308,8 +313,11 @@ impl Mem {
             return;
         };
         self.scripted.store(false, SeqCst);
+        // It is another CPU that does them.
+        CPU.with(|cpu| cpu.set(1));
         let results = actions.into_iter().map(|action| act(self, root, action));
         *self.done.lock().unwrap() = results.collect();
+        CPU.with(|cpu| cpu.set(0));
     }
 }
 
@@ -343,6 +351,11 @@ impl<'m> NodeMem for &'m Mem {
         Pass { mem, _shared }
     }
 
+    fn forget(&self) {
+        self.generation
+            .store(GENERATIONS.fetch_add(1, SeqCst), SeqCst);
+    }
+
     fn alloc(&self) -> Option<NodeAddr> {
         let quiet = !self.strict.load(SeqCst) || self.inside.load(SeqCst) == 0;
         assert!(quiet, "allocated inside");
@@ -371,10 +384,30 @@ impl<'m> NodeMem for &'m Mem {
     }
 }
 
+/// The next generation of nodes of any memory.
+static GENERATIONS: AtomicU64 = AtomicU64::new(0);
+
+thread_local! {
+    /// What runs on this thread now: its own work, or that of a script.
+    static CPU: Cell<usize> = const { Cell::new(0) };
+    /// The hints of both.
+    static HINTS: &'static [Hint; 2] = Box::leak(Box::default());
+}
+
 /// Says when somebody leaves the tree.
 struct Pass<'a> {
     mem: &'a Mem,
     _shared: Option<RwLockReadGuard<'a, ()>>,
+}
+
+impl super::kho_radix::Pass for Pass<'_> {
+    fn hint(&self) -> &Hint {
+        HINTS.with(|hints| &hints[CPU.with(Cell::get)])
+    }
+
+    fn generation(&self) -> u64 {
+        self.mem.generation.load(SeqCst)
+    }
 }
 
 impl Drop for Pass<'_> {

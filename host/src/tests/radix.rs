@@ -647,3 +647,111 @@ fn next_leaves() {
         }
     }
 }
+
+/// Returns how often node memory was asked for something during `work`.
+fn steps<R>(mem: &Mem, work: impl FnOnce() -> R) -> (u64, R) {
+    let before = mem.steps.load(SeqCst);
+    let result = work();
+    (mem.steps.load(SeqCst) - before, result)
+}
+
+/// A key in the leaf that was used last costs no descent, any other one does.
+#[test]
+fn neighbours_need_no_descent() {
+    let mem = Mem::new();
+    let tree = Tree::new(&mem).unwrap();
+    let base = abi::encode(5 << 40, 0);
+    let far = u64::from(abi::DEPTH);
+    tree.add(key(base)).unwrap();
+    assert_eq!(steps(&mem, || tree.add(key(base + 1))), (far, Ok(true)));
+    assert_eq!(steps(&mem, || tree.add(key(base + 1))), (1, Ok(false)));
+    let last = base + LEAF - 1;
+    assert_eq!(steps(&mem, || tree.add(key(last))), (1, Ok(true)));
+    assert_eq!(
+        steps(&mem, || tree.remove(key(base + 1))),
+        (1, Removal::Removed)
+    );
+    assert_eq!(
+        steps(&mem, || tree.remove(key(base + 1))),
+        (1, Removal::Absent)
+    );
+    tree.add(key(last + 1)).unwrap();
+    assert_eq!(
+        steps(&mem, || tree.add(key(last + 1))),
+        (far, Ok(false))
+    );
+    assert_eq!(steps(&mem, || tree.add(key(last))), (far, Ok(false)));
+    assert_eq!(
+        steps(&mem, || tree.remove(key(last + 1))),
+        (far, Removal::Emptied)
+    );
+    assert_eq!(
+        steps(&mem, || tree.remove(key(base))),
+        (far, Removal::Removed)
+    );
+    tree.add(key(base)).unwrap();
+    // As after any node was taken away.
+    (&mem).forget();
+    assert_eq!(steps(&mem, || tree.add(key(base))), (far, Ok(false)));
+    assert_eq!(abi::walk(&mem, tree.root().get()).1, [base, last]);
+}
+
+/// The same keys in two trees of one memory.
+#[test]
+fn hint_of_another_tree() {
+    let mem = Mem::new();
+    let trees = [(); 2].map(|_| Tree::new(&mem).unwrap());
+    for number in [7, 8, 9] {
+        for tree in &trees {
+            assert_eq!(tree.add(key(number)), Ok(true));
+        }
+    }
+    for tree in &trees {
+        assert_eq!(tree.remove(key(8)), Removal::Removed);
+    }
+    for tree in &trees {
+        assert_eq!(abi::walk(&mem, tree.root().get()).1, [7, 9]);
+    }
+}
+
+/// Nodes are freed and come back as others, with a hint to what they were.
+#[test]
+fn hint_of_a_node_that_is_gone() {
+    let mem = Mem::new();
+    let mut roots = BTreeSet::new();
+    for number in [5, 5, 5 + LEAF, 6, 6 + 3 * LEAF] {
+        let tree = Tree::new(&mem).unwrap();
+        roots.insert(tree.root().get());
+        for _ in 0..3 {
+            assert_eq!(tree.add(key(number)), Ok(true));
+            assert_eq!(tree.add(key(number)), Ok(false));
+            assert_eq!(tree.remove(key(number)), Removal::Emptied);
+            assert!(prune(&tree, &mem) > 0);
+            assert_eq!(tree.remove(key(number)), Removal::Absent);
+            // These may be what was freed.
+            tree.add(key(number ^ 1 << (abi::KEY_WIDTH - 1))).unwrap();
+        }
+        assert_eq!(tree.add(key(number)), Ok(true));
+        assert_eq!(tree.add(key(number)), Ok(false));
+        tree.destroy();
+        assert_eq!(mem.live(), 0);
+    }
+    assert_eq!(roots.len(), 1, "another address proves nothing");
+}
+
+/// A leaf is told to be empty when it is, wherever the last keys were.
+#[test]
+fn emptied_in_any_order() {
+    let words = LEAF / 64;
+    let mem = Mem::new();
+    let tree = Tree::new(&mem).unwrap();
+    for distance in 0..words {
+        for first in [0, 1, words / 2, words - 1] {
+            let other = (first + distance) % words;
+            tree.add(key(first * 64)).unwrap();
+            tree.add(key(other * 64 + 1)).unwrap();
+            assert_eq!(tree.remove(key(first * 64)), Removal::Removed);
+            assert_eq!(tree.remove(key(other * 64 + 1)), Removal::Emptied);
+        }
+    }
+}
