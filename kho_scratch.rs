@@ -16,6 +16,7 @@
 
 use super::kho_key::Pfn;
 use super::kho_param::{
+    self,
     Scratch,
     Used, //
 };
@@ -184,53 +185,80 @@ fn reserve_areas() -> Result {
     let early = used(ANY_NODE);
     let low = scratch.lowmem(early, ALIGN).ok_or(ENOMEM)?;
     let mut others = low;
+    let mut areas = u64::from(low > 0);
     let mut busiest = (ANY_NODE, 0);
     for nid in Nodes::all() {
         let early = used(nid);
         let size = scratch.pernode(early, nodes, ALIGN).ok_or(ENOMEM)?;
         others = others.saturating_add(size);
+        areas = areas.wrapping_add(u64::from(size > 0));
         if early.low > busiest.1 {
             busiest = (nid, early.low);
         }
     }
     let global = scratch.global(early, others, ALIGN).ok_or(ENOMEM)?;
+    areas = areas.wrapping_add(u64::from(global > 0));
 
+    // The table has an entry for each node and two more; those that are not needed are there for
+    // areas that are only to be had in pieces.
+    let spare = &mut nodes.wrapping_add(2).saturating_sub(areas);
     // What a node has allocated in low memory comes from the low area, so that this had better be
     // on the same node.
-    reserve_area("lowmem", low, low_limit, busiest.0, false)?;
-    reserve_area("global", global, 0, ANY_NODE, false)?;
+    reserve_area("lowmem", low, low_limit, busiest.0, false, spare)?;
+    reserve_area("global", global, 0, ANY_NODE, false, spare)?;
     for nid in Nodes::all() {
         // Neither of the two areas is memory of this node that is not low, so the result is as it
         // was above.
         let size = scratch.pernode(used(nid), nodes, ALIGN).ok_or(ENOMEM)?;
-        reserve_area("node", size, 0, nid, true)?;
+        reserve_area("node", size, 0, nid, true, spare)?;
     }
     Ok(())
 }
 
 /// Reserves one area below `limit`, 0 being none, and adds it to the table. `nid` is a wish unless
-/// it is `exact`.
+/// it is `exact`. Where no hole is large enough, as in a small machine with the kernel or a border
+/// between nodes in the middle, the area is cut in halves, into at most `spare` more pieces.
 #[link_section = ".init.text"]
-fn reserve_area(name: &str, size: u64, limit: u64, nid: c_int, exact: bool) -> Result {
-    if size == 0 {
-        return Ok(());
-    }
-    // SAFETY: Early boot.
-    let addr = unsafe { bindings::memblock_alloc_range_nid(size, ALIGN, 0, limit, nid, exact) };
-    if addr == 0 {
-        pr_err!(
-            "Failed to reserve {} KiB of {name} scratch; see kho_scratch=\n",
-            size >> 10
-        );
-        return Err(ENOMEM);
-    }
-    // SAFETY: Early boot; the table has room for an area of each kind and node.
-    unsafe {
-        let count = bindings::kho_scratch_cnt as usize;
-        bindings::kho_scratch
-            .add(count)
-            .write(bindings::kho_scratch { addr, size });
-        bindings::kho_scratch_cnt = count.wrapping_add(1) as u32;
+fn reserve_area(
+    name: &str,
+    size: u64,
+    limit: u64,
+    nid: c_int,
+    exact: bool,
+    spare: &mut u64,
+) -> Result {
+    let mut rest = size;
+    let mut piece = size;
+    let mut pieces = spare.saturating_add(1);
+    while rest > 0 {
+        if pieces.saturating_mul(piece) < rest {
+            pr_err!(
+                "Failed to reserve {} KiB of {name} scratch; see kho_scratch=\n",
+                size >> 10
+            );
+            return Err(ENOMEM);
+        }
+        // SAFETY: Early boot.
+        let addr =
+            unsafe { bindings::memblock_alloc_range_nid(piece, ALIGN, 0, limit, nid, exact) };
+        if addr == 0 {
+            let half = kho_param::round_up(piece / 2, ALIGN).unwrap_or(0);
+            piece = if half < piece { half } else { 0 };
+            continue;
+        }
+        // SAFETY: Early boot; the table has room for an area of each kind and node, and pieces
+        // are only made within it.
+        unsafe {
+            let count = bindings::kho_scratch_cnt as usize;
+            bindings::kho_scratch
+                .add(count)
+                .write(bindings::kho_scratch { addr, size: piece });
+            bindings::kho_scratch_cnt = count.wrapping_add(1) as u32;
+        }
+        rest = rest.saturating_sub(piece);
+        piece = piece.min(rest);
+        pieces = pieces.wrapping_sub(1);
+        *spare = pieces;
     }
     Ok(())
 }
