@@ -10,7 +10,8 @@
 //!             kho_takeover kho_fdt kho_param         rules for what another kernel or a user says
 //!  policy     kho_pages kho_vmalloc                  preserve and restore memory
 //!             kho_kexec kho_state                    images; what is handed over, in and out
-//!  ring       kho_sys kho_memblock kho_withheld      memory, libfdt; early boot, takeover
+//!  ring       kho_sys                                memory, libfdt
+//!             kho_memblock kho_withheld kho_scratch  early boot, takeover, scratch
 //!  C          kho_glue.h kho_glue.c                  exports, initcalls, inline functions
 //! ```
 //!
@@ -37,6 +38,7 @@ mod kho_pages;
 mod kho_param;
 mod kho_radix;
 mod kho_range;
+mod kho_scratch;
 mod kho_state;
 mod kho_sys;
 mod kho_takeover;
@@ -424,7 +426,7 @@ unsafe extern "C" fn kho_rs_parse_enable(arg: *mut c_char) -> c_int {
 #[link_section = ".init.text"]
 unsafe extern "C" fn kho_rs_parse_scratch(arg: *mut c_char) -> c_int {
     // SAFETY: By the caller's contract.
-    unsafe { kho_memblock::parse_scratch(arg) };
+    unsafe { kho_scratch::parse(arg) };
     // What is wrong has been said.
     0
 }

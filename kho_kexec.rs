@@ -3,6 +3,7 @@
 //! What `kexec_file_load()` needs of KHO, and the note that each kernel leaves for the next one.
 
 use super::kho_pages;
+use super::kho_range;
 use super::kho_state;
 use super::kho_sys;
 use core::mem::size_of;
@@ -77,12 +78,10 @@ pub(crate) unsafe fn locate_hole(
     if !kho_state::is_enabled() || is_crash {
         return None;
     }
-    let mut largest = 0;
     for area in kho_sys::scratch() {
         if area.size == 0 {
             continue;
         }
-        largest = area.size.max(largest);
         let mut resource = bindings::resource {
             start: area.addr,
             end: area.addr.wrapping_add(area.size).wrapping_sub(1),
@@ -96,12 +95,37 @@ pub(crate) unsafe fn locate_hole(
         }
     }
     // SAFETY: By the caller's contract.
-    let size = unsafe { (*buffer).memsz } >> 10;
-    let largest = largest >> 10;
-    pr_err!(
-        "no room for {size} KiB in scratch, with areas of up to {largest} KiB; see kho_scratch=\n"
-    );
+    unsafe { complain(&*buffer) };
     Some(Err(EADDRNOTAVAIL))
+}
+
+/// Says by how much scratch is too small for a segment.
+///
+/// # Safety
+///
+/// `buffer` must be of an image that is being loaded.
+#[cold]
+unsafe fn complain(buffer: &bindings::kexec_buf) {
+    // SAFETY: By the caller's contract.
+    let image = unsafe { &*buffer.image };
+    let placed = image.segment.iter().take(image.nr_segments);
+    let placed = placed.map(|segment| (segment.mem as u64, segment.memsz as u64));
+    let mut largest = 0;
+    for area in kho_sys::scratch() {
+        let start = area.addr.max(buffer.buf_min as u64);
+        let end = area.addr.saturating_add(area.size);
+        let end = end.min((buffer.buf_max as u64).saturating_add(1));
+        let hole = kho_range::largest_hole(start, end, buffer.buf_align as u64, placed.clone());
+        largest = hole.max(largest);
+    }
+    // Segments are made of pages, and so are holes.
+    let size = buffer.memsz as u64 >> 10;
+    let largest = largest >> 10;
+    let missing = size.saturating_sub(largest);
+    pr_err!(
+        "no room in scratch for a segment of {size} KiB: the largest free piece has {largest} KiB; \
+         boot with a kho_scratch= that is larger by {missing} KiB\n"
+    );
 }
 
 /// Reads the note of the last kernel, says what it says, and returns how many kexecs there have

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! KHO in early boot: the handover found, scratch, and takeover, all in terms of memblock.
+//! KHO in early boot: the handover found, and taken over, in terms of memblock.
 //!
 //! ```text
 //!  setup_arch()          populate()        a handover is found: memblock allocates from
@@ -8,9 +8,7 @@
 //!  mm_core_init_early()  init_early()      the handover is checked; what lies away from it may be
 //!                                          allocated, too
 //!  mm_core_init()        init()            takeover, see kho_withheld; or, on a cold boot, scratch
-//!                                          is reserved
-//!  fs_initcall           open_scratch()    reserved scratch goes to the page allocator, for
-//!                                          movable memory only
+//!                                          is reserved, see kho_scratch
 //! ```
 //!
 //! A handover that is refused, for whatever reason, is named in one line, and the kernel boots as
@@ -20,12 +18,9 @@
 
 use super::kho_fdt::FdtError;
 use super::kho_key::Pfn;
-use super::kho_param::{
-    self,
-    Scratch, //
-};
 use super::kho_radix::NodeAddr;
 use super::kho_range::Frames;
+use super::kho_scratch;
 use super::kho_state;
 use super::kho_sys::{
     self,
@@ -60,11 +55,6 @@ const EARLY_MAX: u64 = 128 * 1024;
 /// and of no use on small ones.
 const GRAIN: u64 = 1 << 30;
 
-/// What `kho_scratch=` asks for.
-// Only `parse_scratch()` writes it and only `reserve_scratch()` reads it.
-#[link_section = ".init.data"]
-static mut SCRATCH: Scratch = Scratch::DEFAULT;
-
 /// The size of the memory with the FDT that was handed over, and the physical address of the table
 /// of scratch areas.
 // Only `populate()` writes it and only `init_early()` reads it.
@@ -78,44 +68,6 @@ static mut FOUND: Option<Takeover> = None;
 
 /// Whether this kernel runs in the scratch areas that it was handed.
 static INHERITED: AtomicBool = AtomicBool::new(false);
-
-/// Whether this kernel reserved its scratch areas itself, and has not opened them yet.
-static RESERVED: AtomicBool = AtomicBool::new(false);
-
-/// Parses `kho_scratch=`.
-///
-/// # Safety
-///
-/// `arg` must be null or a string that ends with a NUL.
-#[link_section = ".init.text"]
-pub(crate) unsafe fn parse_scratch(arg: *const c_char) {
-    let text: &[u8] = if arg.is_null() {
-        &[]
-    } else {
-        // SAFETY: By the caller's contract.
-        unsafe { core::slice::from_raw_parts(arg, bindings::strlen(arg)) }
-    };
-    let Some(scratch) = Scratch::parse(text) else {
-        let text = core::str::from_utf8(text).unwrap_or("?");
-        pr_err!("kho_scratch={text}: neither N% nor LOWMEM,GLOBAL,PERNODE; ignored\n");
-        return;
-    };
-    match scratch {
-        Scratch::Scale(percent) => pr_notice!("scratch scale is {percent}%\n"),
-        Scratch::Sizes {
-            lowmem,
-            global,
-            pernode,
-        } => pr_notice!(
-            "scratch areas: lowmem: {}MiB global: {}MiB pernode: {}MiB\n",
-            lowmem >> 20,
-            global >> 20,
-            pernode >> 20
-        ),
-    }
-    // SAFETY: See the static.
-    unsafe { SCRATCH = scratch };
-}
 
 /// Says that there is no handover, why, and about what address.
 #[cold]
@@ -317,12 +269,13 @@ pub(crate) fn init() {
         return;
     }
     if !INHERITED.load(Ordering::Relaxed) {
-        if kho_state::is_enabled() && reserve_scratch().is_err() {
+        if kho_state::is_enabled() && kho_scratch::reserve().is_err() {
             pr_warn!("Failed to reserve scratch area, disabling kexec handover\n");
             kho_state::set_enabled(false);
         }
         return;
     }
+    kho_scratch::report();
     // SAFETY: Early boot; see the static.
     if let Some(takeover) = unsafe { (&raw mut FOUND).replace(None) } {
         if let Err(refusal) = take_over(takeover) {
@@ -593,173 +546,4 @@ pub(crate) fn mark_noinit(frames: Frames) -> Result<(), Refusal> {
 pub(crate) fn release(frames: Frames) {
     // SAFETY: Early boot.
     unsafe { bindings::memblock_phys_free(frames.phys(), frames.bytes()) };
-}
-
-/// Finds memory for the scratch areas, and reserves it.
-#[link_section = ".init.text"]
-fn reserve_scratch() -> Result {
-    // SAFETY: Early boot; see the static.
-    let scratch = unsafe { SCRATCH };
-
-    let mut room = 2u64;
-    let mut nid = next_node(-1);
-    while nid != bindings::NUMA_NO_NODE {
-        room = room.wrapping_add(1);
-        nid = next_node(nid);
-    }
-    let bytes = room.wrapping_mul(size_of::<bindings::kho_scratch>() as u64);
-    // SAFETY: Early boot.
-    let table = unsafe {
-        let align = bindings::PAGE_SIZE as u64;
-        bindings::memblock_alloc_try_nid(bytes, align, 0, 0, bindings::NUMA_NO_NODE)
-    };
-    if table.is_null() {
-        pr_err!("Failed to reserve scratch array\n");
-        return Err(ENOMEM);
-    }
-    // SAFETY: Early boot; the table has room for what is added to it, and no area yet.
-    unsafe {
-        bindings::kho_scratch = table.cast();
-        bindings::kho_scratch_cnt = 0;
-    }
-
-    let result = reserve_areas(scratch);
-    if result.is_err() {
-        free_areas();
-        // SAFETY: Early boot; allocated above.
-        unsafe {
-            bindings::kho_scratch_cnt = 0;
-            bindings::kho_scratch = core::ptr::null_mut();
-            bindings::memblock_free(table, bytes as usize);
-        }
-    } else {
-        RESERVED.store(true, Ordering::Relaxed);
-    }
-    result
-}
-
-/// Returns the next node with memory after `nid`, or `NUMA_NO_NODE`.
-#[link_section = ".init.text"]
-pub(crate) fn next_node(nid: c_int) -> c_int {
-    // SAFETY: May be called at any time.
-    unsafe { bindings::kho_glue_next_memory_node(nid) }
-}
-
-#[link_section = ".init.text"]
-fn reserve_areas(scratch: Scratch) -> Result {
-    // SAFETY: Early boot.
-    let low_limit = unsafe { bindings::kho_glue_low_limit() };
-    let (low, all) = match scratch {
-        Scratch::Scale(percent) => {
-            let low = scaled(percent, low_limit, bindings::NUMA_NO_NODE)?;
-            let all = scaled(percent, u64::MAX, bindings::NUMA_NO_NODE)?;
-            (low, all.saturating_sub(low))
-        }
-        Scratch::Sizes { lowmem, global, .. } => (aligned(lowmem)?, aligned(global)?),
-    };
-    reserve_area("lowmem", low, low_limit, None)?;
-    reserve_area("global", all, 0, None)?;
-    let mut nid = next_node(-1);
-    while nid != bindings::NUMA_NO_NODE {
-        let size = match scratch {
-            Scratch::Scale(percent) => scaled(percent, u64::MAX, nid)?,
-            Scratch::Sizes { pernode, .. } => aligned(pernode)?,
-        };
-        reserve_area("node", size, 0, Some(nid))?;
-        nid = next_node(nid);
-    }
-    Ok(())
-}
-
-#[link_section = ".init.text"]
-fn aligned(bytes: u64) -> Result<u64> {
-    kho_param::round_up(bytes, bindings::KHO_SCRATCH_ALIGN as u64).ok_or(ENOMEM)
-}
-
-/// Returns `percent` of what early boot has allocated below `limit` on `nid`. Huge pages do not
-/// count: they never come from scratch.
-#[link_section = ".init.text"]
-fn scaled(percent: u32, limit: u64, nid: c_int) -> Result<u64> {
-    // SAFETY: Early boot.
-    let bytes = unsafe {
-        bindings::memblock_reserved_kern_size(limit, nid)
-            .saturating_sub(bindings::memblock_reserved_hugetlb_size(limit, nid))
-    };
-    kho_param::scaled(bytes, percent, bindings::KHO_SCRATCH_ALIGN as u64).ok_or(ENOMEM)
-}
-
-/// Reserves one area below `limit`, 0 being none, or on a node, and adds it to the table.
-#[link_section = ".init.text"]
-fn reserve_area(name: &str, size: u64, limit: u64, nid: Option<c_int>) -> Result {
-    if size == 0 {
-        return Ok(());
-    }
-    let align = bindings::KHO_SCRATCH_ALIGN as u64;
-    // SAFETY: Early boot.
-    let addr = unsafe {
-        match nid {
-            Some(nid) => bindings::memblock_alloc_range_nid(size, align, 0, 0, nid, true),
-            None => bindings::memblock_phys_alloc_range(size, align, 0, limit),
-        }
-    };
-    if addr == 0 {
-        pr_err!(
-            "Failed to reserve {} KiB of {name} scratch; see kho_scratch=\n",
-            size >> 10
-        );
-        return Err(ENOMEM);
-    }
-    // SAFETY: Early boot; the table has room for an area of each kind and node.
-    unsafe {
-        let count = bindings::kho_scratch_cnt as usize;
-        bindings::kho_scratch
-            .add(count)
-            .write(bindings::kho_scratch { addr, size });
-        bindings::kho_scratch_cnt = count.wrapping_add(1) as u32;
-    }
-    Ok(())
-}
-
-#[link_section = ".init.text"]
-fn free_areas() {
-    for area in kho_sys::scratch() {
-        // SAFETY: Early boot.
-        unsafe { bindings::memblock_phys_free(area.addr, area.size) };
-    }
-}
-
-/// Gives the scratch areas that this kernel reserved to the page allocator, which uses them for
-/// memory that can be moved away. Areas that were handed over are there already.
-#[link_section = ".init.text"]
-pub(crate) fn open_scratch() {
-    if !RESERVED.swap(false, Ordering::Relaxed) {
-        return;
-    }
-    for area in kho_sys::scratch() {
-        let pages = area.size >> PAGE_SHIFT;
-        // With debug_pagealloc free pages are not mapped, and kmemleak must not look there.
-        // SAFETY: The area is reserved memory of whole page blocks.
-        unsafe {
-            bindings::kho_glue_kmemleak_ignore(area.addr);
-            let pfn = Pfn::containing(area.addr).get();
-            bindings::kho_glue_init_cma(pfn as usize, pages as usize);
-        }
-    }
-}
-
-/// Gives the scratch areas that this kernel reserved to the page allocator for any use: there
-/// will be no handover. Areas that were handed over are in use already.
-#[link_section = ".init.text"]
-pub(crate) fn free_scratch() {
-    if !RESERVED.swap(false, Ordering::Relaxed) {
-        return;
-    }
-    for area in kho_sys::scratch() {
-        let start = kho_sys::virt::<u8>(area.addr);
-        let end = start.wrapping_add(area.size as usize).cast();
-        // SAFETY: The area is reserved memory that nobody uses.
-        unsafe { bindings::free_reserved_area(start.cast(), end, -1, c"".as_char_ptr()) };
-    }
-    // SAFETY: KHO is off from now on, and nobody looks at the table.
-    unsafe { bindings::kho_scratch_cnt = 0 };
 }

@@ -51,6 +51,50 @@ impl Scratch {
     }
 }
 
+/// What early boot has allocated, on one node or on all of them.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Used {
+    /// In low memory.
+    pub(crate) low: u64,
+    /// Anywhere.
+    pub(crate) all: u64,
+}
+
+// The sizes of the areas; [`None`] if one does not fit in 64 bits. In proportion, what early boot
+// has allocated counts once: in the low area if it is low, in the area of its node if it has one,
+// and otherwise in the global area.
+impl Scratch {
+    /// Returns the size of the area in low memory, given what `all` nodes used.
+    #[link_section = ".init.text"]
+    pub(crate) fn lowmem(self, all: Used, align: u64) -> Option<u64> {
+        match self {
+            Self::Scale(percent) => scaled(all.low, percent, align),
+            Self::Sizes { lowmem, .. } => round_up(lowmem, align),
+        }
+    }
+
+    /// Returns the size of the area of one of `nodes` nodes with memory, given what it used. If
+    /// it is the only one, all areas are its own, and in proportion it has no more of them.
+    #[link_section = ".init.text"]
+    pub(crate) fn pernode(self, node: Used, nodes: u64, align: u64) -> Option<u64> {
+        match self {
+            Self::Scale(_) if nodes == 1 => Some(0),
+            Self::Scale(percent) => scaled(node.all.saturating_sub(node.low), percent, align),
+            Self::Sizes { pernode, .. } => round_up(pernode, align),
+        }
+    }
+
+    /// Returns the size of the area anywhere, given what `all` nodes used and the size of all
+    /// other areas.
+    #[link_section = ".init.text"]
+    pub(crate) fn global(self, all: Used, others: u64, align: u64) -> Option<u64> {
+        match self {
+            Self::Scale(percent) => Some(scaled(all.all, percent, align)?.saturating_sub(others)),
+            Self::Sizes { global, .. } => round_up(global, align),
+        }
+    }
+}
+
 /// Parses a number as C writes it: hexadecimal after `0x`, octal after `0`, else decimal.
 #[link_section = ".init.text"]
 #[inline(never)]

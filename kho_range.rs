@@ -219,3 +219,28 @@ impl<F: Fn(u64, u64) -> bool> Iterator for Blocks<F> {
         Some(block)
     }
 }
+
+/// Returns the size of the largest hole in `start..end` that begins at a multiple of `align` and
+/// has none of `taken` in it, each an address and a size that is not 0. All are in bytes.
+pub(crate) fn largest_hole(
+    start: u64,
+    end: u64,
+    align: u64,
+    taken: impl Iterator<Item = (u64, u64)> + Clone,
+) -> u64 {
+    let mut largest = 0;
+    let mut next = Some(start);
+    while let Some(from) = next.and_then(|from| from.checked_next_multiple_of(align)) {
+        let mut to = end;
+        next = None;
+        for (addr, size) in taken.clone() {
+            let after = addr.saturating_add(size);
+            if addr < to && after > from {
+                to = addr;
+                next = Some(after);
+            }
+        }
+        largest = to.saturating_sub(from).max(largest);
+    }
+    largest
+}

@@ -7,12 +7,12 @@ use super::kho_fdt::{
     FdtError, //
 };
 use super::kho_kexec;
-use super::kho_memblock;
 use super::kho_pages;
 use super::kho_radix::{
     NodeAddr,
     Tree, //
 };
+use super::kho_scratch;
 use super::kho_sys::{
     self,
     Direct,
@@ -204,11 +204,11 @@ pub(crate) fn init() -> Result {
     }
     let result = init_out();
     match &result {
-        Ok(()) => kho_memblock::open_scratch(),
+        Ok(()) => kho_scratch::open(),
         Err(error) => {
             pr_err!("cannot set up the next handover, disabling kexec handover: {error:?}\n");
             set_enabled(false);
-            kho_memblock::free_scratch();
+            kho_scratch::free();
         }
     }
     result

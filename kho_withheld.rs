@@ -56,6 +56,7 @@ use super::kho_radix::{
     Tree, //
 };
 use super::kho_range::Frames;
+use super::kho_scratch;
 use super::kho_sys::{
     self,
     Direct,
@@ -512,11 +513,9 @@ impl Takeover {
 #[link_section = ".init.text"]
 fn first_deferred() -> u64 {
     let mut first = u64::MAX;
-    let mut nid = kho_memblock::next_node(-1);
-    while nid != bindings::NUMA_NO_NODE {
+    for nid in kho_scratch::Nodes::all() {
         // SAFETY: Early boot.
         first = first.min(unsafe { bindings::kho_glue_first_deferred(nid) } as u64);
-        nid = kho_memblock::next_node(nid);
     }
     first
 }

@@ -21,6 +21,9 @@ from guest import Fail, Guest  # noqa: E402
 R, C = os.environ["RUST_KERNEL"], os.environ["C_KERNEL"]
 BREAK = bool(os.environ.get("KHO_BREAK"))
 TESTS = {}
+# Only run if they are named.
+RARE = {"scratch-512M", "scratch-1G", "scratch-4G", "scratch-4G-2-nodes", "scratch-12G",
+        "scratch-12G-2-nodes"}
 
 
 def test(function):
@@ -305,9 +308,9 @@ def kho_off(log):
 @test
 def kho_scratch(log):
     """R, cold: values of kho_scratch= that are wrong, and some that are right"""
-    def boot(value):
+    def boot(value, **options):
         done = guest.run(f"kho=on liveupdate=on{' kho_scratch=' + value if value else ''}",
-                         ["[ -e /dev/liveupdate ] || fail no LUO" + SCRATCH])
+                         ["[ -e /dev/liveupdate ] || fail no LUO" + SCRATCH], **options)
         log.rename(log.with_suffix(f".{value or 'default'}.log"))
         done.expect(1)
         return done, [int(size) >> 20 for size in done.reported(1, "scratch")]
@@ -329,6 +332,92 @@ def kho_scratch(log):
         _, sizes = boot("150%")
         expect(f"150%: scratch is {sizes} MiB, by default {default} MiB",
                0 < sum(sizes) < 0.9 * sum(default))
+        # Neither node has room for all of it.
+        _, sizes = boot("300M,0,0", mem="512M", smp=2, nodes=2)
+        expect(f"in pieces, scratch is {sizes} MiB", len(sizes) > 1 and sum(sizes) == 300)
+
+
+# As large as a distribution's: the file of the next kernel, the memory that it asks for, and the
+# initramfs of both.
+IMAGE, INIT_SIZE, INITRD = 15 << 20, 64 << 20, 60 << 20
+
+
+def large(guest, initrd=INITRD):
+    """Makes the guest's initramfs and its next kernel as large as a distribution's."""
+    padding = guest.dir / "padding"
+    padding.write_bytes(data(initrd))
+    guest.programs["padding"] = padding
+    image = bytearray((guest.share / "next").read_bytes())
+    image += data(IMAGE - len(image))
+    # init_size in the setup header: what a loader has to keep free.
+    struct.pack_into("<I", image, 0x260, INIT_SIZE)
+    (guest.share / "next").write_bytes(image)
+
+
+def scratch_use(run, stage):
+    """What a kernel says about scratch: its size, the number of areas, and what booting took."""
+    line = run.expect_line(stage, r"KHO: scratch has \d+ KiB")
+    return [int(number) for number in re.findall(r"\d+", line)]
+
+
+def scratch_fits(log, mem, nodes):
+    """R -> R in a small machine: scratch is large enough, and no larger"""
+    with make(log) as guest:
+        large(guest)
+        done = guest.run("kho=on liveupdate=on" + (" kho_scratch=300%" if BREAK else ""),
+                         ["rm /bin/padding\n" + PRESERVE + SCRATCH + "next_kernel next", RETRIEVE + SCRATCH],
+                         mem=mem, nodes=nodes, smp=nodes, timeout=300)
+        size, areas, first = scratch_use(done, 1)
+        # Areas are rounded up to 4 MiB.
+        expect(f"{size} KiB of scratch in {areas} areas, booting took {first} KiB",
+               2 * first <= size <= 2 * first + areas * 4096)
+        g.expect_round_trip(guest, done)
+    _, _, second = scratch_use(done, 2)
+    for stage in 1, 2:
+        sizes = [int(length) >> 10 for length in done.reported(stage, "scratch")]
+        expect(f"kernel {stage} has scratch of {sizes} KiB", sum(sizes) == size)
+    text = f"{size} KiB of scratch, boots took {first} and {second} KiB"
+    # The two kernels differ by some pages.
+    expect(text, 2 * second <= 1.01 * size)
+    return text
+
+
+for _mem, _nodes in [(_mem, _nodes) for _mem in ("512M", "1G", "4G", "12G") for _nodes in (1, 2)]:
+    TESTS[f"scratch-{_mem}" + (f"-{_nodes}-nodes" if _nodes > 1 else "")] = \
+        lambda log, mem=_mem, nodes=_nodes: scratch_fits(log, mem, nodes)
+
+
+@test
+def scratch_too_small(log):
+    """R, an image that does not fit in scratch: the log says what is missing, and that helps"""
+    def load(megabytes, then=""):
+        done = guest.run(f"kho=on liveupdate=on kho_scratch={megabytes}M,0,0", [f"""
+            kho-guest load /mnt/next /mnt/initrd "$(cat /mnt/cmdline)" && report loaded
+            {then}"""])
+        log.rename(log.with_suffix(f".{megabytes}.log"))
+        done.expect(1)
+        lines = done.said(1, "KHO: no room in scratch")
+        loaded = len(done.reported(1, "loaded"))
+        expect(f"{megabytes} MiB: {loaded} loaded, {len(lines)} lines", loaded + len(lines) == 1)
+        return lines and [int(number) for number in re.findall(r"(\d+) KiB", lines[0])]
+
+    with make(log) as guest:
+        large(guest, initrd=40 << 20)
+        # Too small for the kernel, then for the initramfs.
+        small = 40
+        segments = []
+        for _ in range(2):
+            size, hole, missing = load(small) or (0, 0, 0)
+            expect(f"{small} MiB: a segment of {size}, a hole of {hole}, {missing} KiB missing",
+                   0 < hole < small << 10 and size - hole == missing > 0)
+            segments.append(size)
+            # Areas are multiples of 4 MiB.
+            small += (missing + 4095 >> 12 << 2) - (4 if BREAK else 0)
+        initrd = (guest.share / "initrd").stat().st_size
+        expect(f"segments of {segments} KiB",
+               segments == [INIT_SIZE >> 10, (initrd + 4095 & ~4095) >> 10])
+        expect(f"{small} MiB are still too small", not load(small))
+    return f"{small} MiB are enough"
 
 
 @test
@@ -556,7 +645,7 @@ def main(names):
     if unknown:
         sys.exit(f"kho: no test {unknown[0]}; there are: {' '.join(TESTS)}")
     g.WORK.mkdir(exist_ok=True)
-    names = names or list(TESTS)
+    names = names or [name for name in TESTS if name not in RARE]
     print(f"KTAP version 1\n1..{len(names)}", flush=True)
     g.headers(), g.program("kho-guest", g.GUEST / "kho-guest.c")
     passed = 0

@@ -5,8 +5,10 @@
 use super::super::kho_param::{
     round_up,
     scaled,
-    Scratch, //
+    Scratch,
+    Used, //
 };
+use super::Rng;
 
 const M: u64 = 1 << 20;
 
@@ -167,4 +169,91 @@ fn rounding() {
     ] {
         assert_eq!(round_up(bytes, align), expected, "{bytes} {align}");
     }
+}
+
+/// The sizes of the low area, the global one and those of the nodes.
+fn areas(scratch: Scratch, nodes: &[(u64, u64)], nowhere: (u64, u64)) -> (u64, u64, Vec<u64>) {
+    const ALIGN: u64 = 4 * M;
+    let used = |&(low, high): &(u64, u64)| Used {
+        low,
+        all: low + high,
+    };
+    let mut all = used(&nowhere);
+    for node in nodes {
+        all.low += node.0;
+        all.all += node.0 + node.1;
+    }
+    let low = scratch.lowmem(all, ALIGN).unwrap();
+    let pernode: Vec<u64> = nodes
+        .iter()
+        .map(|node| scratch.pernode(used(node), nodes.len() as u64, ALIGN))
+        .map(Option::unwrap)
+        .collect();
+    let others = low + pernode.iter().sum::<u64>();
+    (low, scratch.global(all, others, ALIGN).unwrap(), pernode)
+}
+
+#[test]
+fn areas_in_proportion() {
+    let scale = Scratch::DEFAULT;
+    // All memory is low.
+    let sizes = areas(scale, &[(33 * M, 0)], (0, 0));
+    assert_eq!(sizes, (68 * M, 0, vec![0]));
+    let sizes = areas(scale, &[(20 * M, 0), (13 * M, 0)], (0, 0));
+    assert_eq!(sizes, (68 * M, 0, vec![0, 0]));
+    // The only node has no area of its own, whatever it used.
+    let sizes = areas(scale, &[(80 * M, 72 * M)], (0, 0));
+    assert_eq!(sizes, (160 * M, 144 * M, vec![0]));
+    // Each node has what it used above low memory, and the global area the rest.
+    let sizes = areas(scale, &[(20 * M, 30 * M), (0, 50 * M)], (64 * M, 9 * M));
+    assert_eq!(sizes, (168 * M, 20 * M, vec![60 * M, 100 * M]));
+    // What rounding up added elsewhere is not added again.
+    let sizes = areas(scale, &[(M, M), (M, M)], (0, 2 * M));
+    assert_eq!(sizes, (4 * M, 0, vec![4 * M, 4 * M]));
+    // A kernel that used nothing has no scratch.
+    assert_eq!(areas(scale, &[(0, 0)], (0, 0)), (0, 0, vec![0]));
+    // Another percentage is one of the same.
+    let scale = Scratch::parse(b"300%").unwrap();
+    let sizes = areas(scale, &[(20 * M, 30 * M), (0, 50 * M)], (64 * M, 8 * M));
+    assert_eq!(sizes, (252 * M, 20 * M, vec![92 * M, 152 * M]));
+    let scale = Scratch::parse(b"50%").unwrap();
+    assert_eq!(areas(scale, &[(33 * M, 0)], (0, 0)), (20 * M, 0, vec![0]));
+}
+
+#[test]
+fn areas_are_all_that_was_used_once() {
+    let mut rng = Rng::new(11);
+    for _ in 0..1000 {
+        let nodes: Vec<_> = (0..1 + rng.below(4))
+            .map(|_| (rng.below(500 * M), rng.below(500 * M)))
+            .collect();
+        let nowhere = (rng.below(100 * M), rng.below(100 * M));
+        let percent = 1 + rng.below(400) as u32;
+        let (low, global, pernode) = areas(Scratch::Scale(percent), &nodes, nowhere);
+        let used: u64 = nodes.iter().chain([&nowhere]).map(|(a, b)| a + b).sum();
+        let total = low + global + pernode.iter().sum::<u64>();
+        let exact = used * u64::from(percent) / 100;
+        // Each area may be up to one alignment larger.
+        let slack = 4 * M * (2 + pernode.len() as u64);
+        assert!(total >= exact && total < exact + slack, "{total} {exact}");
+        assert_eq!(pernode == [0], pernode.len() == 1);
+    }
+}
+
+#[test]
+fn areas_by_size() {
+    let sizes = Scratch::parse(b"16M,63M,1K").unwrap();
+    for nodes in [vec![(M, M)], vec![(M, M), (M, 0)]] {
+        let pernode = vec![4 * M; nodes.len()];
+        assert_eq!(areas(sizes, &nodes, (0, 0)), (16 * M, 64 * M, pernode));
+    }
+    let sizes = Scratch::parse(b"0,15E,15E").unwrap();
+    let used = Used { low: M, all: M };
+    assert_eq!(sizes.lowmem(used, 4 * M), Some(0));
+    assert_eq!(sizes.global(used, 15 << 60, 4 * M), Some(15 << 60));
+    let sizes = Scratch::parse(b"18446744073709551615,0xffffffffffffffff,01777777777777777777777");
+    let sizes = sizes.unwrap();
+    assert_eq!(sizes.lowmem(used, 4 * M), None);
+    assert_eq!(sizes.global(used, 0, 4 * M), None);
+    assert_eq!(sizes.pernode(used, 1, 4 * M), None);
 }

@@ -8,7 +8,10 @@ use super::super::kho_key::{
     Pfn, //
 };
 use super::super::kho_radix::Run;
-use super::super::kho_range::Frames;
+use super::super::kho_range::{
+    largest_hole,
+    Frames, //
+};
 use super::super::PAGE_SHIFT;
 use super::{
     abi,
@@ -220,4 +223,48 @@ fn heads_and_tails() {
     let all = frames(0, abi::PFN_END);
     assert_eq!(ends(all.tail(1).head_to(1 << 20)), (1, 1 << 20));
     assert_eq!(ends(all.tail(u64::MAX)), (abi::PFN_END, abi::PFN_END));
+}
+
+#[test]
+fn holes() {
+    let hole = |start, end, align, taken: &[(u64, u64)]| {
+        largest_hole(start, end, align, taken.iter().copied())
+    };
+    assert_eq!(hole(100, 200, 1, &[]), 100);
+    assert_eq!(hole(100, 200, 64, &[]), 72);
+    assert_eq!(hole(100, 200, 256, &[]), 0);
+    assert_eq!(hole(200, 200, 1, &[]), 0);
+    assert_eq!(hole(200, 100, 1, &[]), 0);
+    assert_eq!(hole(100, 200, 1, &[(100, 100)]), 0);
+    assert_eq!(hole(100, 200, 1, &[(0, 1000)]), 0);
+    assert_eq!(hole(100, 200, 1, &[(0, 10), (300, 10)]), 100);
+    assert_eq!(hole(100, 200, 1, &[(110, 10), (150, 20)]), 30);
+    // The piece that is the largest is not the one that is the largest when aligned.
+    assert_eq!(hole(65, 228, 64, &[(150, 42)]), 36);
+    assert_eq!(hole(u64::MAX - 10, u64::MAX, 16, &[]), 0);
+    assert_eq!(hole(0, u64::MAX, 1, &[(1, u64::MAX)]), 1);
+    assert_eq!(hole(0, 100, 0, &[]), 0);
+
+    // Against trying every place.
+    let mut rng = Rng::new(7);
+    for _ in 0..3000 {
+        let (start, end) = (rng.below(40), rng.below(80));
+        let align = 1 << rng.below(5);
+        let taken: Vec<_> = (0..rng.below(5))
+            .map(|_| (rng.below(70), 1 + rng.below(20)))
+            .collect();
+        let free = |at: u64| {
+            (start..end).contains(&at)
+                && !taken
+                    .iter()
+                    .any(|&(addr, size)| (addr..addr + size).contains(&at))
+        };
+        let from = |at: u64| (at..).take_while(|at| free(*at)).count() as u64;
+        let best = (0..80).step_by(align as usize).map(from).max().unwrap();
+        assert_eq!(
+            hole(start, end, align, &taken),
+            best,
+            "{start} {end} {align} {taken:?}"
+        );
+    }
 }

@@ -1,0 +1,321 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The scratch areas of a kernel that was booted from cold: how large they are, and where.
+//!
+//! ```text
+//!  early_param           parse()     kho_scratch=
+//!  mm_core_init()        reserve()   areas reserved, in terms of memblock; or only report()
+//!  fs_initcall           open()      they go to the page allocator, for movable memory only
+//!                        free()      or for any use, if there will be no handover
+//! ```
+//!
+//! All that scratch is for is that the next kernel boots in it. What this one took to boot is what
+//! tells how much that will be.
+//!
+//! Everything here is `__init`.
+
+use super::kho_key::Pfn;
+use super::kho_param::{
+    self,
+    Scratch,
+    Used, //
+};
+use super::kho_sys;
+use super::PAGE_SHIFT;
+use core::{
+    mem::size_of,
+    sync::atomic::{
+        AtomicBool,
+        Ordering, //
+    },
+};
+use kernel::{
+    bindings,
+    prelude::*, //
+};
+
+/// Scratch areas begin and end at multiples of this.
+const ALIGN: u64 = bindings::KHO_SCRATCH_ALIGN as u64;
+
+/// No node in particular.
+const ANY_NODE: c_int = bindings::NUMA_NO_NODE;
+
+/// What `kho_scratch=` asks for.
+// Only `parse()` writes it and only `reserve()` reads it.
+#[link_section = ".init.data"]
+static mut SCRATCH: Scratch = Scratch::DEFAULT;
+
+/// Whether this kernel reserved its scratch areas itself, and has not opened them yet.
+static RESERVED: AtomicBool = AtomicBool::new(false);
+
+/// Parses `kho_scratch=`.
+///
+/// # Safety
+///
+/// `arg` must be null or a string that ends with a NUL.
+#[link_section = ".init.text"]
+pub(crate) unsafe fn parse(arg: *const c_char) {
+    let text: &[u8] = if arg.is_null() {
+        &[]
+    } else {
+        // SAFETY: By the caller's contract.
+        unsafe { core::slice::from_raw_parts(arg, bindings::strlen(arg)) }
+    };
+    let Some(scratch) = Scratch::parse(text) else {
+        let text = core::str::from_utf8(text).unwrap_or("?");
+        pr_err!("kho_scratch={text}: neither N% nor LOWMEM,GLOBAL,PERNODE; ignored\n");
+        return;
+    };
+    match scratch {
+        Scratch::Scale(percent) => pr_notice!("scratch scale is {percent}%\n"),
+        Scratch::Sizes {
+            lowmem,
+            global,
+            pernode,
+        } => pr_notice!(
+            "scratch areas: lowmem: {}MiB global: {}MiB pernode: {}MiB\n",
+            lowmem >> 20,
+            global >> 20,
+            pernode >> 20
+        ),
+    }
+    // SAFETY: See the static.
+    unsafe { SCRATCH = scratch };
+}
+
+/// The nodes with memory.
+pub(crate) struct Nodes(c_int);
+
+impl Nodes {
+    #[link_section = ".init.text"]
+    pub(crate) fn all() -> Self {
+        Self(ANY_NODE)
+    }
+
+    #[link_section = ".init.text"]
+    fn count() -> u64 {
+        let mut count = 0u64;
+        for _ in Self::all() {
+            count = count.wrapping_add(1);
+        }
+        count
+    }
+}
+
+impl Iterator for Nodes {
+    type Item = c_int;
+
+    #[link_section = ".init.text"]
+    fn next(&mut self) -> Option<c_int> {
+        // SAFETY: May be called at any time.
+        self.0 = unsafe { bindings::kho_glue_next_memory_node(self.0) };
+        (self.0 != ANY_NODE).then_some(self.0)
+    }
+}
+
+/// Returns what early boot has allocated on `nid`. Huge pages do not count: they never come from
+/// scratch.
+#[link_section = ".init.text"]
+fn used(nid: c_int) -> Used {
+    // SAFETY: Early boot.
+    let low_limit = unsafe { bindings::kho_glue_low_limit() };
+    Used {
+        low: used_below(low_limit, nid),
+        all: used_below(u64::MAX, nid),
+    }
+}
+
+#[link_section = ".init.text"]
+fn used_below(limit: u64, nid: c_int) -> u64 {
+    // SAFETY: Early boot.
+    unsafe {
+        bindings::memblock_reserved_kern_size(limit, nid)
+            .saturating_sub(bindings::memblock_reserved_hugetlb_size(limit, nid))
+    }
+}
+
+/// Finds memory for the scratch areas, and reserves it.
+#[link_section = ".init.text"]
+pub(crate) fn reserve() -> Result {
+    let early = used(ANY_NODE);
+    let room = Nodes::count().wrapping_add(2);
+    let bytes = room.wrapping_mul(size_of::<bindings::kho_scratch>() as u64);
+    // SAFETY: Early boot.
+    let table = unsafe {
+        let align = bindings::PAGE_SIZE as u64;
+        bindings::memblock_alloc_try_nid(bytes, align, 0, 0, ANY_NODE)
+    };
+    if table.is_null() {
+        pr_err!("Failed to reserve scratch array\n");
+        return Err(ENOMEM);
+    }
+    // SAFETY: Early boot; the table has room for what is added to it, and no area yet.
+    unsafe {
+        bindings::kho_scratch = table.cast();
+        bindings::kho_scratch_cnt = 0;
+    }
+
+    let result = reserve_areas();
+    if result.is_err() {
+        for area in kho_sys::scratch() {
+            // SAFETY: Early boot.
+            unsafe { bindings::memblock_phys_free(area.addr, area.size) };
+        }
+        // SAFETY: Early boot; allocated above.
+        unsafe {
+            bindings::kho_scratch_cnt = 0;
+            bindings::kho_scratch = core::ptr::null_mut();
+            bindings::memblock_free(table, bytes as usize);
+        }
+    } else {
+        RESERVED.store(true, Ordering::Relaxed);
+        say(early);
+    }
+    result
+}
+
+#[link_section = ".init.text"]
+fn reserve_areas() -> Result {
+    // SAFETY: Early boot; see the static.
+    let scratch = unsafe { SCRATCH };
+    // SAFETY: Early boot.
+    let low_limit = unsafe { bindings::kho_glue_low_limit() };
+    let nodes = Nodes::count();
+
+    let early = used(ANY_NODE);
+    let low = scratch.lowmem(early, ALIGN).ok_or(ENOMEM)?;
+    let mut others = low;
+    let mut areas = u64::from(low > 0);
+    let mut busiest = (ANY_NODE, 0);
+    for nid in Nodes::all() {
+        let early = used(nid);
+        let size = scratch.pernode(early, nodes, ALIGN).ok_or(ENOMEM)?;
+        others = others.saturating_add(size);
+        areas = areas.wrapping_add(u64::from(size > 0));
+        if early.low > busiest.1 {
+            busiest = (nid, early.low);
+        }
+    }
+    let global = scratch.global(early, others, ALIGN).ok_or(ENOMEM)?;
+    areas = areas.wrapping_add(u64::from(global > 0));
+
+    // The table has an entry for each node and two more; those that are not needed are there for
+    // areas that are only to be had in pieces.
+    let spare = &mut nodes.wrapping_add(2).saturating_sub(areas);
+    // What a node has allocated in low memory comes from the low area, so that this had better be
+    // on the same node.
+    reserve_area("lowmem", low, low_limit, busiest.0, false, spare)?;
+    reserve_area("global", global, 0, ANY_NODE, false, spare)?;
+    for nid in Nodes::all() {
+        // Neither of the two areas is memory of this node that is not low, so the result is as it
+        // was above.
+        let size = scratch.pernode(used(nid), nodes, ALIGN).ok_or(ENOMEM)?;
+        reserve_area("node", size, 0, nid, true, spare)?;
+    }
+    Ok(())
+}
+
+/// Reserves one area below `limit`, 0 being none, and adds it to the table. `nid` is a wish unless
+/// it is `exact`. Where no hole is large enough, as in a small machine with the kernel or a border
+/// between nodes in the middle, the area is cut in halves, into at most `spare` more pieces.
+#[link_section = ".init.text"]
+fn reserve_area(
+    name: &str,
+    size: u64,
+    limit: u64,
+    nid: c_int,
+    exact: bool,
+    spare: &mut u64,
+) -> Result {
+    let mut rest = size;
+    let mut piece = size;
+    let mut pieces = spare.saturating_add(1);
+    while rest > 0 {
+        if pieces.saturating_mul(piece) < rest {
+            pr_err!(
+                "Failed to reserve {} KiB of {name} scratch; see kho_scratch=\n",
+                size >> 10
+            );
+            return Err(ENOMEM);
+        }
+        // SAFETY: Early boot.
+        let addr =
+            unsafe { bindings::memblock_alloc_range_nid(piece, ALIGN, 0, limit, nid, exact) };
+        if addr == 0 {
+            let half = kho_param::round_up(piece / 2, ALIGN).unwrap_or(0);
+            piece = if half < piece { half } else { 0 };
+            continue;
+        }
+        // SAFETY: Early boot; the table has room for an area of each kind and node, and pieces
+        // are only made within it.
+        unsafe {
+            let count = bindings::kho_scratch_cnt as usize;
+            bindings::kho_scratch
+                .add(count)
+                .write(bindings::kho_scratch { addr, size: piece });
+            bindings::kho_scratch_cnt = count.wrapping_add(1) as u32;
+        }
+        rest = rest.saturating_sub(piece);
+        piece = piece.min(rest);
+        pieces = pieces.wrapping_sub(1);
+        *spare = pieces;
+    }
+    Ok(())
+}
+
+/// Says how much scratch there is, and what booting took: in a kernel that was handed over to, what
+/// it took of scratch.
+#[link_section = ".init.text"]
+pub(crate) fn report() {
+    say(used(ANY_NODE));
+}
+
+#[link_section = ".init.text"]
+fn say(early: Used) {
+    let mut size = 0u64;
+    for area in kho_sys::scratch() {
+        size = size.saturating_add(area.size);
+    }
+    pr_info!(
+        "scratch has {} KiB in {} areas, early boot took {} KiB\n",
+        size >> 10,
+        kho_sys::scratch().len(),
+        early.all >> 10
+    );
+}
+
+/// Gives the scratch areas that this kernel reserved to the page allocator, which uses them for
+/// memory that can be moved away. Areas that were handed over are there already.
+#[link_section = ".init.text"]
+pub(crate) fn open() {
+    if !RESERVED.swap(false, Ordering::Relaxed) {
+        return;
+    }
+    for area in kho_sys::scratch() {
+        let pages = area.size >> PAGE_SHIFT;
+        // With debug_pagealloc free pages are not mapped, and kmemleak must not look there.
+        // SAFETY: The area is reserved memory of whole page blocks.
+        unsafe {
+            bindings::kho_glue_kmemleak_ignore(area.addr);
+            let pfn = Pfn::containing(area.addr).get();
+            bindings::kho_glue_init_cma(pfn as usize, pages as usize);
+        }
+    }
+}
+
+/// Gives the scratch areas that this kernel reserved to the page allocator for any use: there
+/// will be no handover. Areas that were handed over are in use already.
+#[link_section = ".init.text"]
+pub(crate) fn free() {
+    if !RESERVED.swap(false, Ordering::Relaxed) {
+        return;
+    }
+    for area in kho_sys::scratch() {
+        let start = kho_sys::virt::<u8>(area.addr);
+        let end = start.wrapping_add(area.size as usize).cast();
+        // SAFETY: The area is reserved memory that nobody uses.
+        unsafe { bindings::free_reserved_area(start.cast(), end, -1, c"".as_char_ptr()) };
+    }
+    // SAFETY: KHO is off from now on, and nobody looks at the table.
+    unsafe { bindings::kho_scratch_cnt = 0 };
+}
