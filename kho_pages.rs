@@ -8,8 +8,9 @@
 //!  this kernel                           the next one
 //!
 //!  preserve()      key in the tree --->  takeover: reserved, first page marked Preserved
-//!  unpreserve()    key gone              Step::Claim: marked Claimed, or all put back
-//!                                        into_folio(), into_pages(): an allocated block
+//!  unpreserve()    key gone              take_folio(): mark gone, an allocated block
+//!                                        Step::Claim: marked Claimed, or all put back
+//!                                        into_pages(): mark gone, an allocated block
 //! ```
 //!
 //! Restoring several blocks claims all of them before it changes the first, so that it happens
@@ -172,13 +173,9 @@ pub(crate) fn restore_folio(phys: u64) -> Option<*mut bindings::folio> {
         settle_folio(phys);
     }
     if let Some(page) = Page::online(phys >> super::PAGE_SHIFT) {
-        if let Some(order) = page.order(Mark::Preserved) {
-            // A range of pages may have been preserved in one block that is too large for a folio.
-            if order.get() <= bindings::KHO_MAX_FOLIO_ORDER
-                && page.turn(Mark::Preserved, Mark::Claimed, order)
-            {
-                return Some(page.into_folio(order));
-            }
+        // A range of pages may have been preserved in one block that is too large for a folio.
+        if let Some(folio) = page.take_folio() {
+            return Some(folio);
         }
     }
     kho_sys::complain(NOTHING, phys);

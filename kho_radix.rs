@@ -226,8 +226,8 @@ impl NodeAddr {
 ///
 /// # Invariants
 ///
-/// While nodes are of `generation`, the tree whose root is at `root` has its leaf for the keys whose
-/// upper bits are `keys` at `leaf`; or `root` is 0.
+/// While nodes are of `generation`, the tree whose root is at `root` has its leaf for the keys
+/// whose upper bits are `keys` at `leaf`; or `root` is 0.
 #[repr(C)]
 pub(crate) struct Hint {
     generation: Cell<u64>,
@@ -291,8 +291,8 @@ pub(crate) trait NodeMem: Copy {
     /// Enters the tree, waiting while it is being pruned.
     fn enter(&self) -> Self::Pass<'_>;
 
-    /// Starts a new generation of nodes: every [`Hint`] is useless from now on, in all trees of this
-    /// memory. Nobody may be in a tree of which nodes are about to be taken away.
+    /// Starts a new generation of nodes: every [`Hint`] is useless from now on, in all trees of
+    /// this memory. Nobody may be in a tree of which nodes are about to be taken away.
     fn forget(&self);
 
     /// Allocates a node of zeroes. May sleep.

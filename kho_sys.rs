@@ -74,9 +74,9 @@ pub(crate) fn phys<T>(virt: *mut T) -> u64 {
 
 /// The generation of tree nodes, for [`Hint`]; odd while a tree is being pruned.
 ///
-/// Who is in a tree has preemption disabled and has seen an even number. That is a read-side section
-/// for RCU. So once a grace period has passed since the number became odd, whoever prunes is alone.
-/// Who comes meanwhile waits for the prune mutex.
+/// Who is in a tree has preemption disabled and has seen an even number. That is a read-side
+/// section for RCU. So once a grace period has passed since the number became odd, whoever prunes
+/// is alone. Who comes meanwhile waits for the prune mutex.
 static GENERATION: AtomicU64 = AtomicU64::new(0);
 
 /// Being in a tree: preemption is disabled until this is dropped.
@@ -358,13 +358,11 @@ impl Page {
     /// Returns the order of the block that starts here, if it carries `mark`.
     #[inline(always)]
     pub(crate) fn order(self, mark: Mark) -> Option<Order> {
-        // What is left without the mark is the order, or too large for one.
         let private = self.private().load(Ordering::Relaxed);
-        let order = private ^ (mark as usize) << MARK_SHIFT;
-        if order > Order::MAX.get() as usize {
+        if private >> MARK_SHIFT != mark as usize {
             return None;
         }
-        Order::new(order as u32)
+        Order::new(private as u32)
     }
 
     /// Writes `mark` and the order.
@@ -383,18 +381,28 @@ impl Page {
             .is_ok()
     }
 
-    /// Makes the claimed block a folio that the caller has the only reference to.
+    /// Makes a preserved block a folio that the caller has the only reference to; [`None`] if there
+    /// is none, if it is too large for a folio, or if somebody else was faster.
     #[inline(always)]
-    pub(crate) fn into_folio(self, order: Order) -> *mut bindings::folio {
-        self.private().store(0, Ordering::Relaxed);
-        // SAFETY: The block was claimed, so that it is nobody else's; all of it was preserved.
-        unsafe { bindings::kho_glue_init_folio(self.as_ptr(), order.get()) }
+    pub(crate) fn take_folio(self) -> Option<*mut bindings::folio> {
+        let private = self.private().load(Ordering::Relaxed);
+        // What is left without the mark is the order, or with another mark no order at all.
+        let order = private ^ (Mark::Preserved as usize) << MARK_SHIFT;
+        if order > bindings::KHO_MAX_FOLIO_ORDER as usize {
+            return None;
+        }
+        self.private()
+            .compare_exchange(private, 0, Ordering::AcqRel, Ordering::Relaxed)
+            .ok()?;
+        // SAFETY: Only who took the mark off gets here, so that the block is nobody else's; all of
+        // it was preserved.
+        Some(unsafe { bindings::kho_glue_init_folio(self.as_ptr(), order as u32) })
     }
 
     /// Makes the claimed block single pages that the caller has the only reference to.
     pub(crate) fn into_pages(self, order: Order) {
         self.private().store(0, Ordering::Relaxed);
-        // SAFETY: As for `into_folio()`.
+        // SAFETY: The block was claimed, so that it is nobody else's; all of it was preserved.
         unsafe { bindings::kho_glue_init_pages(self.as_ptr(), order.pages() as usize) };
     }
 }

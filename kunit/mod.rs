@@ -326,8 +326,8 @@ mod pages {
         let pages = 1u64 << PAGE_SHIFT;
         for area in kho_sys::scratch().iter().filter(|area| area.size > 0) {
             // Steps that meet all parts of the map, and the last page.
-            let steps = (0..area.size).step_by(1 << 20);
-            for offset in steps.chain([area.size - pages]) {
+            for step in 0..=area.size >> 20 {
+                let offset = (step << 20).min(area.size - pages);
                 let block = Pfn::from_phys(area.addr + offset)
                     .and_then(|pfn| Block::new(pfn, Order::ZERO))
                     .ok_or(EINVAL)?;
