@@ -11,7 +11,6 @@
 #define _GNU_SOURCE
 #include <err.h>
 #include <fcntl.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -29,21 +28,21 @@
 #define MAGIC	0x6b686f2d6d656d66ULL	/* "kho-memf" */
 
 /* The kernel's get_cycles(). */
-static uint64_t ticks(void)
+static unsigned long long ticks(void)
 {
 #ifdef __x86_64__
 	return __builtin_ia32_rdtsc();
 #else
-	uint64_t value;
+	unsigned long long value;
 
 	asm volatile("isb; mrs %0, cntvct_el0" : "=r" (value));
 	return value;
 #endif
 }
 
-static void report(const char *what, uint64_t taken, unsigned long count)
+static void report(const char *what, unsigned long long taken, unsigned long count)
 {
-	printf("kho_bench: %s %llu %lu\n", what, (unsigned long long)taken, count);
+	printf("kho_bench: %s %llu %lu\n", what, taken, count);
 	fflush(stdout);
 }
 
@@ -76,7 +75,7 @@ static int session(unsigned long request)
 	return arg.fd;
 }
 
-static uint64_t *map(int fd, size_t size)
+static unsigned long long *map(int fd, size_t size)
 {
 	void *start = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
 
@@ -89,7 +88,7 @@ static void preserve(size_t size, int huge)
 {
 	struct liveupdate_session_preserve_fd arg = { .size = sizeof(arg) };
 	int sfd = session(LIVEUPDATE_IOCTL_CREATE_SESSION);
-	uint64_t start, *data;
+	unsigned long long start, *data;
 	int shmem;
 
 	if (huge) {
@@ -117,7 +116,7 @@ static void retrieve(size_t size)
 	struct liveupdate_session_retrieve_fd arg = { .size = sizeof(arg) };
 	struct liveupdate_session_finish finish = { .size = sizeof(finish) };
 	int sfd = session(LIVEUPDATE_IOCTL_RETRIEVE_SESSION);
-	uint64_t start, *data;
+	unsigned long long start, *data;
 
 	start = ticks();
 	if (ioctl(sfd, LIVEUPDATE_SESSION_RETRIEVE_FD, &arg))

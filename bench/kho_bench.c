@@ -93,17 +93,17 @@ static struct kho_vmalloc preserved_area __initdata;
 
 static int __init set_param(char *value)
 {
-	strscpy(param, value);
-	return 1;
+	strscpy(param, value ?: "");
+	return 0;
 }
-__setup("kho_bench=", set_param);
+early_param("kho_bench", set_param);
 
 static int __init set_peer(char *value)
 {
 	with_peer = true;
-	return 1;
+	return 0;
 }
-__setup("kho_bench_peer", set_peer);
+early_param("kho_bench_peer", set_peer);
 
 static int __init parse_param(void)
 {
@@ -360,6 +360,7 @@ static noinline unsigned long peer_serialise(struct peer_page **first)
 
 	xa_for_each(&peer_orders, index, po) {
 		struct peer_bitmap *bitmap;
+		struct peer_entry *entry;
 		unsigned long at;
 		bool full = true;
 
@@ -371,9 +372,10 @@ static noinline unsigned long peer_serialise(struct peer_page **first)
 				if (!pages++)
 					*first = page;
 			}
-			page->entries[page->used].start = (u64)at * PEER_BITS << (index + PAGE_SHIFT);
-			page->entries[page->used].bitmap = virt_to_phys(bitmap);
-			full = ++page->used == ARRAY_SIZE(page->entries);
+			entry = &page->entries[page->used++];
+			entry->start = (u64)at * PEER_BITS << (index + PAGE_SHIFT);
+			entry->bitmap = virt_to_phys(bitmap);
+			full = page->used == ARRAY_SIZE(page->entries);
 		}
 	}
 	return pages;
