@@ -7,18 +7,27 @@ ARCH ?= x86_64
 CACHE ?=
 MEM ?= 2G
 FILES ?=
-export KDIR LLVM ARCH MEM FILES
+OUT ?=
+ARCHS ?=
+COMPILERS ?=
+CONFIGS ?=
+WORKLOADS ?=
+export KDIR LLVM ARCH MEM FILES ARCHS COMPILERS CONFIGS WORKLOADS
 ifneq ($(CACHE),)
 export CACHE
 endif
 
-.PHONY: help prepare kernel run test install uninstall clean
+.PHONY: help prepare kernel run test bench install uninstall clean
 
 help:
 	@echo 'make run        build a kernel and hand real data over to it by kexec'
 	@echo '                  FILES="a b"  the files to carry (default: the kernel, README.md)'
 	@echo '                  MEM=2G       memory of the guest'
 	@echo 'make test       everything: host tests, KUnit, kexec tests, checks'
+	@echo 'make bench      measure C and Rust in guests: a table, JSON, drawings'
+	@echo '                  ARCHS="x86_64 arm64" COMPILERS="gcc llvm"'
+	@echo '                  CONFIGS="debug production" WORKLOADS="scattered-0 million ..."'
+	@echo '                  OUT=<dir>    where the results go, too'
 	@echo 'make kernel     build the kernel only'
 	@echo 'make install    put the implementation into the tree KDIR'
 	@echo 'make uninstall  take it out of KDIR again'
@@ -46,10 +55,16 @@ run: prepare
 test: prepare
 	@scripts/test
 
+bench: prepare
+	@scripts/bench $(if $(OUT),--out '$(OUT)')
+
 install:
 	@scripts/overlay install '$(KDIR)'
 
-uninstall:
+unbench: prepare
+	@scripts/bench $(if $(OUT),--out '$(OUT)')
+
+install:
 	@scripts/overlay uninstall '$(KDIR)'
 
 clean:

@@ -162,16 +162,6 @@ impl Frames {
         }
     }
 
-    /// Returns the range from the start of one to the end of the other, if they touch or overlap.
-    #[inline]
-    pub(crate) fn join(self, other: Self) -> Option<Self> {
-        // INVARIANT: Both ends are from valid ranges, and the smaller start is taken.
-        (self.start <= other.end && other.start <= self.end).then_some(Self {
-            start: self.start.min(other.start),
-            end: self.end.max(other.end),
-        })
-    }
-
     /// Cuts the range into the blocks by which `kho_preserve_pages()` names it: each as large as
     /// its alignment and what is left allow.
     ///

@@ -25,6 +25,7 @@ WORK = CACHE / "guest"
 # A busy host delivers a timer's interrupts too late for the kernel to find out how it is wired.
 CMDLINE = "console=ttyS0 earlycon=uart8250,io,0x3f8,115200n8 panic=-1 no_timer_check"
 HANG = 180
+COMPILERS = {"x86_64": "gcc", "arm64": "aarch64-linux-gnu-gcc"}
 COMPILING = threading.Lock()
 
 # Nothing like this is ever all right.  "panic=" is on the command line.
@@ -50,28 +51,28 @@ def command(*args):
 
 
 @functools.cache
-def headers():
+def headers(arch="x86_64"):
     """The kernel's headers for user space."""
-    usr = WORK / ("headers-" + SRC.name)
+    usr = WORK / (("headers-" if arch == "x86_64" else f"headers-{arch}-") + SRC.name)
     if not usr.exists():
         say("guest: installing kernel headers")
         temp = Path(tempfile.mkdtemp(dir=WORK))
         command("make", "-s", "-C", SRC, f"O={temp}/build", f"INSTALL_HDR_PATH={temp}/usr",
-                "headers_install")
+                f"ARCH={arch}", "headers_install")
         (temp / "usr").rename(usr)
         shutil.rmtree(temp)
     return usr / "include"
 
 
-def program(name, *sources, flags=()):
+def program(name, *sources, flags=(), arch="x86_64"):
     """Compiles a static program, if its sources changed, and returns its path."""
     with COMPILING:
-        return compiled(name, *sources, flags=flags)
+        return compiled(name, *sources, flags=flags, arch=arch)
 
 
-def compiled(name, *sources, flags=()):
+def compiled(name, *sources, flags, arch):
     flags = ["-static", "-O2", "-Wall", *flags, "-isystem" if "-nostdinc" not in flags else "-I",
-             str(headers())]
+             str(headers(arch))]
     key = hashlib.sha256(repr((sources, flags)).encode())
     for source in sources:
         key.update(Path(source).read_bytes())
@@ -79,7 +80,7 @@ def compiled(name, *sources, flags=()):
     if not out.exists():
         for old in WORK.glob(f"{name}-*"):
             old.unlink()
-        command("gcc", *flags, "-o", f"{out}.new", *sources)
+        command(COMPILERS[arch], *flags, "-o", f"{out}.new", *sources)
         Path(f"{out}.new").rename(out)
     return out
 
@@ -174,6 +175,10 @@ def accel():
             return "tcg"
 
 
+def tests_machine():
+    return ["qemu-system-x86_64", "-accel", accel(), *(["-cpu", "host"] if accel() == "kvm" else [])]
+
+
 def megabytes(size):
     match = re.fullmatch(r"(\d+)([MG]?)", size.upper())
     if not match or not int(match[1]):
@@ -244,18 +249,20 @@ class Run:
 
 
 def qemu(log, kernel, initramfs, cmdline, share=None, mem="1G", smp=1, nodes=1, timeout=HANG,
-         ram=None, title=None, during=None):
-    """Runs a guest to its end and returns its Run."""
+         ram=None, title=None, during=None, machine=None, base=CMDLINE):
+    """Runs a guest to its end and returns its Run.
+
+    machine: QEMU and the arguments that choose another machine than the tests'.
+    base: the part of the command line that goes with it.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
     size = megabytes(mem)
     # No guest outlives this program, however that ends.
-    args = ["setpriv", "--pdeathsig", "KILL",
-            "qemu-system-x86_64", "-accel", accel(), "-nographic", "-nodefaults", "-no-reboot",
+    args = ["setpriv", "--pdeathsig", "KILL", *(machine or tests_machine()),
+            "-nographic", "-nodefaults", "-no-reboot",
             "-m", f"{size}M", "-smp", f"{smp},sockets={smp}", "-serial", f"file:{log}",
-            "-kernel", str(kernel), "-initrd", str(initramfs), "-append", f"{CMDLINE} {cmdline}"]
-    if accel() == "kvm":
-        args += ["-cpu", "host"]
+            "-kernel", str(kernel), "-initrd", str(initramfs), "-append", f"{base} {cmdline}"]
     if share:
         args += ["-fsdev", f"local,id=kho,path={share},security_model=none,multidevs=remap",
                  "-device", "virtio-9p-pci,fsdev=kho,mount_tag=kho"]

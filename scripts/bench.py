@@ -1,0 +1,558 @@
+# SPDX-License-Identifier: GPL-2.0
+"""The benchmark of kexec handover: runs guests, prints tables, draws.
+
+  run OUT        boots every guest that is asked for, writes OUT/bench.json
+  table OUT      prints what OUT/bench.json has, as one table
+  rst OUT        prints the same as reStructuredText
+  plot OUT       draws it, as OUT/*.svg and OUT/*.png
+
+Guests run under "-icount shift=0": one instruction takes one nanosecond, and
+the counter that the kernel reads counts instructions.  So figures do not depend
+on the host, and are the same each time.
+"""
+import concurrent.futures
+import datetime
+import functools
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import guest as g  # noqa: E402
+from guest import Fail, say  # noqa: E402
+
+SMALL = ("adjacent", "0", 10)
+# Nothing from outside gets in: no time of day, and no random numbers but the same ones.
+ICOUNT = ["-accel", "tcg", "-icount", "shift=0,sleep=off", "-seed", "1",
+          "-rtc", "base=2026-01-01T00:00:00,clock=vm"]
+MACHINES = {
+    # (QEMU and the machine, the console)
+    "x86_64": (["qemu-system-x86_64", *ICOUNT], "ttyS0"),
+    "arm64": (["qemu-system-aarch64", "-M", "virt", "-cpu", "max,pauth=off", *ICOUNT], "ttyAMA0"),
+}
+# C is quadratic in scattered folios: some 22 instructions times their number squared.
+BEARABLE = 24_000
+PATIENCE = int(os.environ.get("PATIENCE", "3600"))
+
+# name: (kind, order, {counts}, memory); counts for C that are not bearable are left out.
+WORKLOADS = {
+    "scattered-0": ("scattered", "0", (1_000, 5_000, 20_000, 50_000), "2G"),
+    "adjacent-0": ("adjacent", "0", (1_000, 10_000, 100_000), "2G"),
+    "scattered-2": ("scattered", "2", (1_000, 15_000), "2G"),
+    "adjacent-2": ("adjacent", "2", (1_000, 50_000), "2G"),
+    "scattered-9": ("scattered", "9", (50, 200), "2G"),
+    "adjacent-9": ("adjacent", "9", (100, 300), "2G"),
+    "scattered-mixed": ("scattered", "mixed", (1_000, 20_000), "2G"),
+    "range": ("range", "0", (262_144,), "4G"),
+    "vmalloc": ("vmalloc", "0", (262_144,), "4G"),
+    "vmalloc-huge": ("vmalloc", "9", (262_144,), "4G"),
+    "memfd": ("memfd", "0", (262_144,), "4G"),
+    "memfd-huge": ("memfd", "9", (262_144,), "4G"),
+    "million": ("scattered", "0", (50_000, 200_000, 1_000_000), "12G"),
+    "cold": ("cold", "0", (0,), ("512M", "1G", "4G", "12G")),
+}
+DEFAULT = [name for name in WORKLOADS if name != "million"]
+
+
+# Guests.
+
+def bench_init(arch):
+    return g.program(f"bench-init-{arch}", g.TOP / "bench/bench-init.c", arch=arch)
+
+
+def initramfs(path, arch, next_kernel=None, cmdline=None):
+    """One program; for a first kernel, what it needs to start the next one as well."""
+    cpio = g.Cpio().dirs("dev", "proc", "sys").console().file("init", bench_init(arch))
+    if next_kernel:
+        inner = initramfs(path.with_suffix(".next"), arch)
+        text = path.with_suffix(".cmdline")
+        text.write_text(cmdline + "\n")
+        cpio.file("next", next_kernel).file("next.initrd", inner).file("next.cmdline", text)
+    return cpio.write(path)
+
+
+def boot(log, arch, kernel, mem, cmdline, kernels):
+    """Boots a guest and returns the figures that each of its kernels reported."""
+    machine, console = MACHINES[arch]
+    base = f"console={console} panic=-1 nokaslr initramfs_async=0"
+    with tempfile.TemporaryDirectory(dir=g.WORK) as work:
+        image = Path(work, "initramfs")
+        if kernels == 2:
+            initramfs(image, arch, kernel, f"{base} {cmdline}")
+        else:
+            initramfs(image, arch)
+        run = g.qemu(log, kernel, image, cmdline, mem=mem, timeout=PATIENCE, machine=machine, base=base)
+    run.expect(kernels)
+    figures = []
+    for number, text in enumerate(run.kernels, 1):
+        if "kho_bench: FAILED" in text or not re.search(r"kho_bench: done ", text):
+            raise Fail(f"kernel {number}: the benchmark failed")
+        found = {what: [int(ticks), int(count)] for what, ticks, count in
+                 re.findall(r"kho_bench: (\w+) (\d+) (\d+)", text)}
+        available = re.search(r"Memory: (\d+)K/(\d+)K available", text)
+        found["available"] = [int(available[1]), int(available[2])]
+        # Ticks of another clock than that of instructions.
+        if "hz" in found:
+            scale = 1_000_000_000 // found["hz"][0]
+            for what in set(found) - {"hz", "available"}:
+                found[what][0] *= scale
+        figures.append(found)
+    return figures
+
+
+def one(context, kind, order, count, mem):
+    """Runs one workload on one kernel and returns its record."""
+    arch, compiler, config, impl, kernel = context
+    name = f"{arch}-{compiler}-{config}-{impl}-{kind}-{order}-{count}-{mem}"
+    log = g.CACHE / "log/bench" / f"{name}.log"
+    start = time.time()
+    try:
+        if kind in ("cold", "cold-off"):
+            figures = boot(log, arch, kernel, mem,
+                           f"kho={'on' if kind == 'cold' else 'off'} kho_bench=cold", 1)
+        elif kind == "memfd":
+            huge = " kho_huge" if order == "9" else ""
+            figures = boot(log, arch, kernel, mem,
+                           f"kho=on liveupdate=on kho_bench=cold kho_memfd={count << 12}{huge}", 2)
+            for found in figures:
+                if "memfd_done" not in found:
+                    raise Fail("no memfd was preserved or retrieved")
+        else:
+            peer = " kho_bench_peer" if impl == "c" else ""
+            figures = boot(log, arch, kernel, mem,
+                           f"kho=on liveupdate=on kho_bench={kind},{order},{count}{peer}", 2)
+            # A kernel that refuses the handover preserves anew.
+            if figures[1].get("restore", [0, 0])[1] != count:
+                raise Fail(f"not {count} blocks were restored")
+    except Fail as fail:
+        raise Fail(f"{name}: {fail}; log at {log}") from None
+    seconds = time.time() - start
+    shown = figures[-1]
+    say(f"bench: {name}: init {shown['kho_memory_init'][0]}, boot {shown['boot'][0]}, {seconds:.0f} s")
+    return {**keys_of(context, kind, order, count, mem), "image": image(context), "kernels": figures}
+
+
+KEYS = ("arch", "compiler", "config", "impl", "kind", "order", "count", "mem")
+
+
+def keys_of(context, *case):
+    return dict(zip(KEYS, (*context[:4], *case)))
+
+
+@functools.cache
+def image(context):
+    """Says which kernel and guest that was: the same ones give the same figures again."""
+    arch, kernel = context[0], context[4]
+    digest = hashlib.sha256(Path(kernel).read_bytes())
+    digest.update(repr((bench_init(arch).name, MACHINES[arch])).encode())
+    return digest.hexdigest()[:16]
+
+
+def bearable(impl, kind, order, count):
+    return impl != "c" or kind != "scattered" or count <= BEARABLE
+
+
+def plan(names):
+    """The guests of some workloads, and the small handovers to compare them with."""
+    guests = []
+    for name in names:
+        kind, order, counts, mem = WORKLOADS[name]
+        for size in mem if isinstance(mem, tuple) else (mem,):
+            if kind == "cold":
+                guests += [("cold", "0", 0, size), ("cold-off", "0", 0, size)]
+                continue
+            if (*SMALL, size) not in guests:
+                guests.append((*SMALL, size))
+            guests += [(kind, order, count, size) for count in counts]
+    return guests
+
+
+def main_run(out):
+    """Environment: KERNELS, words ARCH:COMPILER:CONFIG:IMPL:PATH; WORKLOADS."""
+    names = os.environ.get("WORKLOADS", "").split() or DEFAULT
+    for name in names:
+        if name not in WORKLOADS:
+            raise Fail(f"no workload {name}: {' '.join(WORKLOADS)}")
+    kernels = [tuple(word.split(":", 4)) for word in os.environ["KERNELS"].split()]
+    g.WORK.mkdir(exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    done = {"date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+            "machine": machine(), "versions": versions(), "records": []}
+    path = out / "bench.json"
+    if path.exists():
+        done["records"] = json.loads(path.read_text())["records"]
+    # What was measured with the same kernels is not measured again, and what was measured with
+    # other ones is not mixed with it.
+    images = {kernel[:4]: image(kernel) for kernel in kernels}
+    done["records"] = [old for old in done["records"]
+                       if images.get(tuple(old[key] for key in KEYS[:4]), old["image"]) == old["image"]]
+    known = [tuple(old[key] for key in KEYS) for old in done["records"]]
+    # What is measured does not depend on the host, so neither on another guest there.
+    guests = [(kernel, *guest) for variant in dict.fromkeys(kernel[:3] for kernel in kernels)
+              for guest in plan(names) for kernel in kernels
+              if kernel[:3] == variant and bearable(kernel[3], *guest[:3])
+              and (*kernel[:4], *guest) not in known]
+    large = [guest for guest in guests if g.megabytes(guest[-1]) > 4096]
+    for some, workers in ([guest for guest in guests if guest not in large], int(os.environ["JOBS"])), \
+            (large, 1):
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            for record in pool.map(lambda guest: one(*guest), some):
+                done["records"].append(record)
+                path.write_text(json.dumps(done, indent=1) + "\n")
+
+
+def machine():
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return f"{model[1] if model else platform.machine()}, {os.cpu_count()} CPUs"
+
+
+def versions():
+    """What the kernels were built with, and what ran them."""
+    def first(*command):
+        if not shutil.which(command[0]):
+            return None
+        return subprocess.check_output(command, text=True).splitlines()[0]
+    return {"linux": g.SRC.name.removeprefix("linux-"), "commit": os.environ.get("COMMIT", ""),
+            "gcc": first("gcc", "--version"), "clang": first("clang", "--version"),
+            "rustc": first("rustc", "--version"), "qemu": first("qemu-system-x86_64", "--version")}
+
+
+# What the figures say.
+
+class Results:
+    """The records of a benchmark, and what is derived from them."""
+
+    def __init__(self, path):
+        self.data = json.loads(path.read_text())
+        self.by_key = {tuple(record[key] for key in KEYS): record["kernels"]
+                       for record in self.data["records"]}
+        self.variants = sorted({key[:3] for key in self.by_key}, key=lambda variant: (
+            list(MACHINES).index(variant[0]), variant[1], variant[2]))
+
+    def ticks(self, variant, impl, case, what, kernel):
+        """One figure, or None; several names are added up."""
+        kernels = self.by_key.get((*variant, impl, *case))
+        if not kernels or any(name not in kernels[kernel - 1] for name in what):
+            return None
+        return sum(kernels[kernel - 1][name][0] for name in what)
+
+    def over_small(self, variant, impl, case, what):
+        """What the second boot takes longer than with a small handover."""
+        mine = self.ticks(variant, impl, case, what, 2)
+        small = self.ticks(variant, impl, (*SMALL, case[3]), what, 2)
+        return None if mine is None or small is None else mine - small
+
+    def extrapolated(self, variant, case, what):
+        """For a C kernel that was not run: a square law through the two largest counts that were."""
+        kind, order, count, mem = case
+        if kind != "scattered":
+            return None
+        # A count may have been measured with less memory, which this does not depend on.
+        known = {}
+        for key in self.by_key:
+            if key[:6] == (*variant, "c", kind, order) and key[6] < count:
+                value = self.over_small(variant, "c", key[4:], what)
+                if value is not None:
+                    known[key[6]] = value
+        if len(known) < 2:
+            return None
+        (n1, y1), (n2, y2) = sorted(known.items())[-2:]
+        square = (y2 / n2 - y1 / n1) / (n2 - n1)
+        return round(count * (y1 / n1 + square * (count - n1)))
+
+    def cases(self, variant, kind, order):
+        return sorted({key[4:] for key in self.by_key
+                       if key[:3] == variant and key[4:6] == (kind, order) and key[4:7] != SMALL},
+                      key=lambda case: (g.megabytes(case[3]), case[2]))
+
+
+TAKEOVER = ("kho_memory_init_early", "kho_memory_init")
+# (title, stages of the second boot)
+BOOT_COSTS = (
+    ("takeover", TAKEOVER),
+    ("free_all", ("memblock_free_all", "kho_memory_init_free")),
+    ("before SMP", ("before_smp",)),
+    ("late", ("page_alloc_init_late",)),
+    ("whole boot", ("boot",)),
+)
+# (title, name, kernel)
+CALL_COSTS = (
+    ("preserve, first", "preserve", 1),
+    ("preserve", "represerve", 1),
+    ("unpreserve", "unpreserve", 1),
+    ("restore", "restore", 2),
+    ("preserve", "memfd_preserve", 1),
+    ("retrieve", "memfd_retrieve", 2),
+)
+PEER_COSTS = (
+    ("xarray: preserve, first", "peer_preserve"),
+    ("xarray: preserve", "peer_represerve"),
+    ("xarray: unpreserve", "peer_unpreserve"),
+    ("xarray: serialise", "peer_serialise"),
+)
+
+
+def rows(results, variant):
+    """(workload, what, unit, C, its mark, Rust) of all that was measured for a variant."""
+    memories = sorted({key[7] for key in results.by_key if key[:3] == variant}, key=g.megabytes)
+    for mem in memories:
+        for title, what in BOOT_COSTS:
+            c, rust = (results.ticks(variant, impl, (*SMALL, mem), what, 2) for impl in ("c", "rust"))
+            if c is not None or rust is not None:
+                yield f"10 folios, {mem}", title, "in all", c, "", rust
+    seen = set()
+    for kind, order, _, _ in WORKLOADS.values():
+        if kind == "cold" or (kind, order) in seen:
+            continue
+        seen.add((kind, order))
+        for case in results.cases(variant, kind, order):
+            count = case[2]
+            words = {"range": "pages of a range", "vmalloc": "pages of vmalloc",
+                     "memfd": "pages of a memfd"}.get(kind, f"{kind} of order {order}")
+            huge = ", huge" if kind in ("vmalloc", "memfd") and order == "9" else ""
+            name = f"{count} {words}{huge}, {case[3]}"
+            for title, what in BOOT_COSTS:
+                c = results.over_small(variant, "c", case, what)
+                rust = results.over_small(variant, "rust", case, what)
+                mark = ""
+                if c is None and title in ("takeover", "before SMP", "whole boot"):
+                    c, mark = results.extrapolated(variant, case, what), "*"
+                if c is not None or rust is not None:
+                    yield name, title, "per block", *per(c, count), mark, *per(rust, count)
+            for title, what, kernel in CALL_COSTS:
+                c, rust = (results.ticks(variant, impl, case, (what,), kernel) for impl in ("c", "rust"))
+                if c is not None or rust is not None:
+                    yield name, title, "per block", *per(c, count), "", *per(rust, count)
+            for title, what in PEER_COSTS:
+                peer = results.ticks(variant, "c", case, (what,), 1)
+                if peer is not None:
+                    yield name, title, "per block", *per(peer, count), "", None
+    for mem in memories:
+        kept = [kept_from_cold(results, variant, impl, mem) for impl in ("c", "rust")]
+        if any(kept):
+            yield f"cold guest, {mem}", "memory kept by kho=on", "KiB", kept[0], "", kept[1]
+
+
+def per(value, count):
+    return (None if value is None else value / count,)
+
+
+def kept_from_cold(results, variant, impl, mem):
+    """KiB that are not available with kho=on and are without."""
+    on, off = (results.by_key.get((*variant, impl, kind, "0", 0, mem)) for kind in ("cold", "cold-off"))
+    return off[0]["available"][0] - on[0]["available"][0] if on and off else None
+
+
+def number(value):
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.1f}"
+
+
+def ratio(c, rust):
+    """How many times less it is."""
+    if c is None or rust is None or c <= 0 or rust <= 0:
+        return "-"
+    quotient = c / rust
+    return f"{quotient:,.0f}" if quotient >= 100 else f"{quotient:.2f}"
+
+
+def header(results):
+    versions = results.data["versions"]
+    return [f"Linux {versions['linux']}, commit {versions['commit']}, {results.data['date']}, "
+            f"{results.data['machine']}", *(versions[name] for name in ("gcc", "clang", "rustc", "qemu")
+                                            if versions[name])]
+
+
+HEADINGS = ("workload", "what", "unit", "C", "Rust", "C / Rust")
+
+
+def cells(results, variant):
+    for name, what, unit, c, mark, rust in rows(results, variant):
+        yield name, what, unit, number(c) + (mark if c is not None else ""), number(rust), ratio(c, rust)
+
+
+def main_table(out):
+    results = Results(out / "bench.json")
+    print("\n".join(header(results)))
+    print("guest instructions, unless a unit is given; * extrapolated by the square law")
+    for variant in results.variants:
+        table = [HEADINGS, *cells(results, variant)]
+        widths = [max(len(row[i]) for row in table) for i in range(len(HEADINGS))]
+        print(f"\n{' '.join(variant)}")
+        for row in table:
+            print("  ".join(cell.ljust(width) if i < 3 else cell.rjust(width)
+                            for i, (cell, width) in enumerate(zip(row, widths))).rstrip())
+
+
+def main_rst(out):
+    results = Results(out / "bench.json")
+    print("\n".join(f"| {line}" for line in header(results)))
+    for variant in results.variants:
+        print(f"\n.. list-table:: {', '.join(variant)}\n   :header-rows: 1\n")
+        for row in HEADINGS, *cells(results, variant):
+            for i, cell in enumerate(row):
+                # A star is markup.
+                print(f"   {'*' if i == 0 else ' '} - {cell.replace('*', chr(92) + '*')}")
+
+
+# Drawing.
+
+COLOURS = {"c": "#d55e00", "rust": "#0072b2", "xarray": "#999999"}
+LABELS = {"c": "C", "rust": "Rust", "xarray": "xarray of bitmaps"}
+SIZES = {"0": "4 KiB", "2": "16 KiB", "9": "2 MiB", "mixed": "mixed orders"}
+MARKERS = {"0": "o", "2": "s", "9": "D", "mixed": "^"}
+
+
+def main_plot(out):
+    # Only where it is needed: the table can be had without.
+    import matplotlib
+    matplotlib.use("Agg")
+    # The same figures give the same files.
+    matplotlib.rcParams.update({"svg.hashsalt": "kho", "axes.grid": True, "grid.alpha": 0.3,
+                                "axes.axisbelow": True, "figure.constrained_layout.use": True})
+    from matplotlib import pyplot
+    results = Results(out / "bench.json")
+    for variant in results.variants:
+        for name, draw in ("takeover", draw_takeover), ("boot", draw_boot), \
+                ("preserve", draw_preserve), ("memory", draw_memory):
+            figure = draw(pyplot, results, variant)
+            if figure:
+                arch, compiler, config = variant
+                figure.suptitle(f"{figure.get_suptitle()}\nLinux {results.data['versions']['linux']}, "
+                                f"{arch}, {compiler}, {config} configuration", fontsize="medium")
+                path = out / f"{name}-{'-'.join(variant)}"
+                figure.savefig(f"{path}.svg", metadata={"Date": None})
+                figure.savefig(f"{path}.png", dpi=150, metadata={"Software": None})
+                pyplot.close(figure)
+
+
+def curves(axes, results, variant, kind, value, extrapolate):
+    """Lines of one kind, for each implementation and order.  Returns whether there are any."""
+    any_drawn = False
+    for order in SIZES:
+        cases = results.cases(variant, kind, order)
+        for impl in "c", "rust":
+            # The guest with the least memory where there are several.
+            points = {}
+            for case in cases:
+                y = value(impl, case)
+                if y is not None and y > 0:
+                    points.setdefault(case[2], y)
+            points = sorted(points.items())
+            if not points:
+                continue
+            any_drawn = True
+            axes.plot(*zip(*points), color=COLOURS[impl], marker=MARKERS[order], markersize=5,
+                      linestyle="-", label=f"{LABELS[impl]}, {SIZES[order]}")
+            # The largest counts that C was not run with.
+            more = {} if impl != "c" else {
+                case[2]: extrapolate(case) for case in cases if case[2] > points[-1][0]}
+            more = sorted((count, y) for count, y in more.items() if y)
+            if more:
+                axes.plot(*zip(points[-1], *more), color=COLOURS[impl], linestyle=":")
+                axes.plot(*zip(*more), color=COLOURS[impl], marker=MARKERS[order], markersize=5,
+                          linestyle="none", markerfacecolor="white", label="C, extrapolated")
+    axes.set(xscale="log", yscale="log", xlabel=f"{kind} blocks", ylabel="guest instructions")
+    handles, labels = axes.get_legend_handles_labels()
+    shown = dict(zip(labels, handles))
+    if shown:
+        axes.legend(shown.values(), shown.keys(), fontsize="small")
+    return any_drawn
+
+
+def draw_takeover(pyplot, results, variant):
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 5), sharey=True)
+    drawn = [curves(axes, results, variant, kind,
+                    lambda impl, case: results.ticks(variant, impl, case, TAKEOVER, 2),
+                    lambda case: results.extrapolated(variant, case, TAKEOVER))
+             for axes, kind in zip(panels, ("scattered", "adjacent"))]
+    figure.suptitle("Takeover: kho_memory_init_early() and kho_memory_init() in the second kernel")
+    return figure if any(drawn) else None
+
+
+def draw_boot(pyplot, results, variant):
+    figure, axes = pyplot.subplots(figsize=(7, 5))
+    drawn = curves(axes, results, variant, "scattered",
+                   lambda impl, case: results.over_small(variant, impl, case, ("boot",)),
+                   lambda case: results.extrapolated(variant, case, ("boot",)))
+    figure.suptitle("Whole second boot, over one with 10 folios")
+    return figure if drawn else None
+
+
+def bars(axes, groups, series):
+    """Bars side by side: series is {name: [value or None for each group]}."""
+    width = 0.8 / len(series)
+    for i, (name, values) in enumerate(series.items()):
+        places = [at + (i - (len(series) - 1) / 2) * width for at in range(len(groups))]
+        drawn = axes.bar(places, [value or 0 for value in values], width, color=COLOURS[name],
+                         label=LABELS[name])
+        axes.bar_label(drawn, [f"{value:.0f}" if value else "" for value in values],
+                       fontsize="x-small", padding=1)
+    axes.set_xticks(range(len(groups)), groups, fontsize="small")
+    axes.legend(fontsize="small")
+
+
+def draw_preserve(pyplot, results, variant):
+    wanted = [(kind, order) for order in SIZES for kind in ("adjacent", "scattered")]
+    chosen = []
+    for kind, order in wanted:
+        cases = [case for case in results.cases(variant, kind, order)
+                 if all(results.ticks(variant, impl, case, ("represerve",), 1) for impl in ("c", "rust"))]
+        if cases:
+            chosen.append(cases[-1])
+    if not chosen:
+        return None
+    figure, panels = pyplot.subplots(2, 1, figsize=(9, 8))
+    groups = [f"{case[0]}\n{SIZES[case[1]]}" for case in chosen]
+    for axes, what in zip(panels, ("preserve", "unpreserve")):
+        names = {"c": "represerve" if what == "preserve" else what}
+        names |= {"rust": names["c"], "xarray": f"peer_{names['c']}"}
+        series = {}
+        for impl, name in names.items():
+            series[impl] = [results.ticks(variant, "c" if impl == "xarray" else impl, case, (name,), 1)
+                            for case in chosen]
+            series[impl] = [value and value / case[2] for value, case in zip(series[impl], chosen)]
+        bars(axes, groups, series)
+        axes.set_ylabel(f"guest instructions to {what} one folio")
+    figure.suptitle("Preserving a folio where the tree has its nodes already")
+    return figure
+
+
+def draw_memory(pyplot, results, variant):
+    sizes = [mem for mem in WORKLOADS["cold"][3]
+             if all(kept_from_cold(results, variant, impl, mem) for impl in ("c", "rust"))]
+    if not sizes:
+        return None
+    figure, axes = pyplot.subplots(figsize=(7, 5))
+    series = {impl: [kept_from_cold(results, variant, impl, mem) / 10.24 / g.megabytes(mem) for mem in sizes]
+              for impl in ("c", "rust")}
+    bars(axes, [f"{g.megabytes(mem)} MiB" for mem in sizes], series)
+    for bar, (impl, mem) in zip([bar for group in axes.containers for bar in group],
+                                [(impl, mem) for impl in series for mem in sizes]):
+        axes.text(bar.get_x() + bar.get_width() / 2, bar.get_height() / 2,
+                  f"{kept_from_cold(results, variant, impl, mem) / 1024:.0f}\nMiB", ha="center",
+                  va="center", fontsize="x-small", color="white")
+    axes.set_ylabel("% of the guest's memory")
+    figure.suptitle("Memory that kho=on keeps from a guest that boots cold")
+    return figure
+
+
+def main(command, out):
+    {"run": main_run, "plot": main_plot, "table": main_table, "rst": main_rst}[command](Path(out))
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:3])
+    except Fail as failure:
+        print(f"bench: {failure}", file=sys.stderr)
+        sys.exit(1)
