@@ -527,13 +527,13 @@ impl<S: NodeMem> Iterator for Gaps<'_, S> {
 /// Returns the keys of the blocks of `order` that start in `frames`, if there can be any.
 #[link_section = ".init.text"]
 pub(crate) fn keys(frames: Frames, order: Order) -> Option<(Key, Key)> {
-    let (lowest, highest) = Key::bounds(order);
+    let (lowest, _) = Key::bounds(order);
     let shift = order.get();
     let up = order.pages().wrapping_sub(1);
     let first = frames.start().wrapping_add(up).wrapping_shr(shift);
     let last = frames.end().wrapping_add(up).wrapping_shr(shift).checked_sub(1)?;
-    // The first one may lie behind the last frame there can be.
-    let first = Key::new(lowest.get().wrapping_add(first)).filter(|key| *key <= highest)?;
+    // The first one may lie behind the last frame there can be, and so behind the last one.
+    let first = Key::new(lowest.get().wrapping_add(first))?;
     let last = Key::new(lowest.get().wrapping_add(last))?;
     (first <= last).then_some((first, last))
 }
