@@ -409,34 +409,36 @@ fn orders_that_share_a_leaf() {
 /// A chart that runs out of memory, wherever that is, is an error and no more.
 #[test]
 fn without_memory() {
-    let mut blocks = BLOCKS.to_vec();
-    blocks.extend([(0x2_8000, 0), (0x200, 0), (0x210, 4), (0x2_0000, 15)]);
-    let machine = Fake::new();
-    let mem = node_mem();
-    let root = handed_over(&mem, &blocks);
-    let tree = tree_at(&mem, root);
-    let before = dump(&mem, root);
-    let mut failed = 0;
-    loop {
-        let memory = set_mem();
-        let held = Tree::new(&memory).unwrap();
-        memory.budget.store(failed, SeqCst);
-        let result = chart(&tree, &machine, &held);
-        assert!(dump(&mem, root) == before, "the tree was changed");
-        let (nodes, keys) = abi::walk(&memory, held.root().get());
-        assert_eq!(nodes.len(), memory.live(), "lost");
-        held.destroy();
-        assert_eq!(memory.live(), 0);
-        if let Ok(census) = result {
-            let needed = abi::least_nodes(keys.iter().copied()) - 1;
-            assert_eq!(failed as usize, needed);
-            assert_eq!(census.frames as usize, keys.len());
-            break;
+    let pages = [(0x100, 0), (0xc000, 0), (0x2_8000, 0), (0x2_ff00, 0)];
+    let large = [(0x200, 9), (0x210, 4), (0x2_0000, 15)];
+    let both = [&pages[..], &large[..]].concat();
+    for blocks in [&pages[..], &large[..], &both[..]] {
+        let machine = Fake::new();
+        let mem = node_mem();
+        let root = handed_over(&mem, blocks);
+        let tree = tree_at(&mem, root);
+        let before = dump(&mem, root);
+        let claims = claims(blocks, RAM.1);
+        let frames: Vec<u64> = (0..RAM.1).filter(|pfn| claims[*pfn as usize] > 0).collect();
+        let needed = abi::least_nodes(frames.iter().copied()) - 1;
+        for budget in 0..=needed {
+            let memory = set_mem();
+            let held = Tree::new(&memory).unwrap();
+            memory.budget.store(budget as i64, SeqCst);
+            let result = chart(&tree, &machine, &held).map(|census| census.frames);
+            let expected = match budget < needed {
+                true => Err(Refusal::NoMemory),
+                false => Ok(frames.len() as u64),
+            };
+            assert_eq!(
+                result, expected,
+                "{budget} of {needed} nodes for {blocks:x?}"
+            );
+            assert!(dump(&mem, root) == before, "the tree was changed");
+            held.destroy();
+            assert_eq!(memory.live(), 0);
         }
-        assert_eq!(result.map(|_| ()), Err(Refusal::NoMemory));
-        failed += 1;
     }
-    assert!(failed >= i64::from(abi::DEPTH) - 1);
 }
 
 /// The steps in the tree, those in the chart, and how often the machine was asked.
