@@ -323,9 +323,7 @@ pub(crate) struct Memblock;
 ///
 /// While there is memblock. The list must not be changed while the result is in use.
 #[link_section = ".init.text"]
-unsafe fn regions(
-    list: *const bindings::memblock_type,
-) -> &'static [bindings::memblock_region] {
+unsafe fn regions(list: *const bindings::memblock_type) -> &'static [bindings::memblock_region] {
     // SAFETY: By the caller's contract.
     unsafe { core::slice::from_raw_parts((*list).regions, (*list).cnt) }
 }

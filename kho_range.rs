@@ -148,7 +148,11 @@ impl Frames {
     #[inline]
     pub(crate) fn head_to(self, size: u64) -> Self {
         let mask = size.wrapping_sub(1);
-        self.head((self.start | mask).wrapping_sub(self.start).saturating_add(1))
+        self.head(
+            (self.start | mask)
+                .wrapping_sub(self.start)
+                .saturating_add(1),
+        )
     }
 
     /// Returns what both ranges have.

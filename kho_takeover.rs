@@ -481,7 +481,11 @@ pub(crate) fn grains<S: NodeMem>(
 #[link_section = ".init.text"]
 pub(crate) fn coarsen<S: NodeMem>(grains: &Tree<S>, limit: usize) -> Result<(), NoMemory> {
     let mut size = 1u64;
-    while grains.runs_between((Key::MIN, Key::MAX)).nth(limit).is_some() {
+    while grains
+        .runs_between((Key::MIN, Key::MAX))
+        .nth(limit)
+        .is_some()
+    {
         size = size.wrapping_mul(2);
         for run in grains.runs_between((Key::MIN, Key::MAX)) {
             let first = run.first.get();
@@ -534,7 +538,9 @@ impl<'a, S: NodeMem> Gaps<'a, S> {
         if part.start() % LEAF_SIZE == 0 {
             self.leaf = self.held.find_leaf(Key::of_frame(part.start()));
         }
-        let held = self.leaf.map_or(0, |leaf| leaf.word(part.start() / WORD_BITS).load());
+        let held = self
+            .leaf
+            .map_or(0, |leaf| leaf.word(part.start() / WORD_BITS).load());
         // OVERFLOW: There are from 1 to 64 frames, which end with their word at the latest.
         let bits = u64::MAX.wrapping_shr(WORD_BITS.wrapping_sub(part.count()) as u32);
         let bits = bits.wrapping_shl(part.start() as u32);
@@ -593,13 +599,17 @@ impl<S: NodeMem> Iterator for Gaps<'_, S> {
 /// Returns the keys of the blocks of `order` that start in `frames`, if there can be any.
 #[link_section = ".init.text"]
 pub(crate) fn keys(frames: Frames, order: Order) -> Option<(Key, Key)> {
-    let (lowest, highest) = Key::bounds(order);
+    let (lowest, _) = Key::bounds(order);
     let shift = order.get();
     let up = order.pages().wrapping_sub(1);
     let first = frames.start().wrapping_add(up).wrapping_shr(shift);
-    let last = frames.end().wrapping_add(up).wrapping_shr(shift).checked_sub(1)?;
-    // The first one may lie behind the last frame there can be.
-    let first = Key::new(lowest.get().wrapping_add(first)).filter(|key| *key <= highest)?;
+    let last = frames
+        .end()
+        .wrapping_add(up)
+        .wrapping_shr(shift)
+        .checked_sub(1)?;
+    // The first one may lie behind the last frame there can be, and so behind the last one.
+    let first = Key::new(lowest.get().wrapping_add(first))?;
     let last = Key::new(lowest.get().wrapping_add(last))?;
     (first <= last).then_some((first, last))
 }

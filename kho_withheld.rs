@@ -208,7 +208,9 @@ fn grains_around(end: u64) -> u64 {
 fn grains_inside(frames: Frames) -> Frames {
     let start = grains_around(frames.start());
     let end = frames.end() & !GRAIN.pages().wrapping_sub(1);
-    frames.tail(start.wrapping_sub(frames.start())).head(end.saturating_sub(start))
+    frames
+        .tail(start.wrapping_sub(frames.start()))
+        .head(end.saturating_sub(start))
 }
 
 /// Returns a single frame.
@@ -273,13 +275,7 @@ impl Takeover {
     /// Forgets everything; what was reserved stays so.
     #[link_section = ".init.text"]
     fn forget(self) {
-        for set in [
-            self.nodes,
-            self.held,
-            self.closed,
-            self.raw,
-            self.mixed,
-        ] {
+        for set in [self.nodes, self.held, self.closed, self.raw, self.mixed] {
             set.destroy();
         }
     }
@@ -422,8 +418,7 @@ impl Takeover {
     #[link_section = ".init.text"]
     #[inline]
     fn is_whole(&self, block: Block) -> bool {
-        self.census.overlap.is_none()
-            || !kho_takeover::is_claimed(&self.tree, &self.census, block)
+        self.census.overlap.is_none() || !kho_takeover::is_claimed(&self.tree, &self.census, block)
     }
 
     /// Gives what is not held in `frames` to the page allocator.

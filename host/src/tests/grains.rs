@@ -357,7 +357,7 @@ fn gaps_of_patterns() {
 fn blocks_from(start: u64, end: u64, of: u32) -> Option<(u64, u64)> {
     let mut starts = (start..end).filter(|pfn| pfn % (1 << of) == 0);
     let first = starts.next()?;
-    let last = starts.last().unwrap_or(first);
+    let last = starts.next_back().unwrap_or(first);
     let key = |pfn: u64| abi::encode(pfn << PAGE_SHIFT, of);
     Some((key(first), key(last)))
 }

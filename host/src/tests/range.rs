@@ -183,10 +183,15 @@ fn sharing() {
             let (x, y) = (frames(a.0, a.1), frames(b.0, b.1));
             let shared = |f: &u64| a.0 <= *f && *f < a.1 && b.0 <= *f && *f < b.1;
             let both = x.both(y);
-            assert!(both.end() <= abi::PFN_END, "{a:?} {b:?}");
+            let expected: Vec<u64> = (base..base + 6).filter(shared).collect();
             let found = both.start()..both.end();
-            let expected = (base..base + 6).filter(shared);
-            assert!(found.eq(expected), "{a:?} {b:?}: {both:x?}");
+            assert!(found.eq(expected.iter().copied()), "{a:?} {b:?}: {both:x?}");
+            assert_eq!(
+                both.count() as usize,
+                expected.len(),
+                "{a:?} {b:?}: {both:x?}"
+            );
+            assert!(both.end() <= abi::PFN_END, "{a:?} {b:?}");
         }
     }
 }
