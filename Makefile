@@ -61,10 +61,7 @@ bench: prepare
 install:
 	@scripts/overlay install '$(KDIR)'
 
-unbench: prepare
-	@scripts/bench $(if $(OUT),--out '$(OUT)')
-
-install:
+uninstall:
 	@scripts/overlay uninstall '$(KDIR)'
 
 clean:

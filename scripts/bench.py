@@ -319,6 +319,7 @@ def rows(results, variant):
                      "memfd": "pages of a memfd"}.get(kind, f"{kind} of order {order}")
             huge = ", huge" if kind in ("vmalloc", "memfd") and order == "9" else ""
             name = f"{count} {words}{huge}, {case[3]}"
+            unit, number_of = ("per folio", count) if kind in ("adjacent", "scattered") else ("in all", 1)
             for title, what in BOOT_COSTS:
                 c = results.over_small(variant, "c", case, what)
                 rust = results.over_small(variant, "rust", case, what)
@@ -326,15 +327,15 @@ def rows(results, variant):
                 if c is None and title in ("takeover", "before SMP", "whole boot"):
                     c, mark = results.extrapolated(variant, case, what), "*"
                 if c is not None or rust is not None:
-                    yield name, title, "per block", *per(c, count), mark, *per(rust, count)
+                    yield name, title, unit, per(c, number_of), mark, per(rust, number_of)
             for title, what, kernel in CALL_COSTS:
                 c, rust = (results.ticks(variant, impl, case, (what,), kernel) for impl in ("c", "rust"))
                 if c is not None or rust is not None:
-                    yield name, title, "per block", *per(c, count), "", *per(rust, count)
+                    yield name, title, unit, per(c, number_of), "", per(rust, number_of)
             for title, what in PEER_COSTS:
                 peer = results.ticks(variant, "c", case, (what,), 1)
                 if peer is not None:
-                    yield name, title, "per block", *per(peer, count), "", None
+                    yield name, title, unit, per(peer, number_of), "", None
     for mem in memories:
         kept = [kept_from_cold(results, variant, impl, mem) for impl in ("c", "rust")]
         if any(kept):
@@ -342,7 +343,7 @@ def rows(results, variant):
 
 
 def per(value, count):
-    return (None if value is None else value / count,)
+    return None if value is None else value / count
 
 
 def kept_from_cold(results, variant, impl, mem):
