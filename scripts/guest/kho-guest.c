@@ -5,7 +5,8 @@
  *   preserve SESSION DIR   memfd 0 = DIR/manifest, memfd N = DIR/N
  *   scatter SESSION DIR    the same with gaps between the pages, and one page
  *                          more; writes where they are to DIR/frames
- *   waiting DIR            what the kernel says of the memory there
+ *   waiting DIR            what /proc/kpageflags says of the memory there
+ *   owned DIR              what page owner says of it
  *   retrieve SESSION       take the session back, print what it holds
  *   renew SESSION          the same, then preserve the same files anew
  *   stress ROUNDS          preserve and unpreserve from two tasks at once
@@ -303,6 +304,33 @@ static void print_waiting(const char *dir)
 	printf("frames %d, %d not waiting\n", total, odd);
 }
 
+/* Prints of how many of these frames page owner has a record; asks for a few. */
+static void print_owned(const char *dir)
+{
+	int owner = open("/sys/kernel/debug/page_owner", O_RDONLY);
+	FILE *frames = open_frames(dir, "r");
+	unsigned long frame, found;
+	int total = 0, owned = 0;
+
+	if (owner < 0)
+		err(1, "page_owner");
+	for (int i = 0; fscanf(frames, "%lu", &frame) == 1; i++) {
+		const char *record;
+
+		if (i % 64)
+			continue;
+		/* What is read is the first record from that frame on. */
+		memset(buffer, 0, sizeof(buffer));
+		if (pread(owner, buffer, 4096, frame) < 0)
+			err(1, "page_owner");
+		record = strstr(buffer, "PFN 0x");
+		owned += record && sscanf(record, "PFN %lx", &found) == 1 &&
+			 found == frame;
+		total++;
+	}
+	printf("owned %d of %d\n", owned, total);
+}
+
 /* With kho_break set, the tests must notice the byte that changes here. */
 static void break_file(int fd)
 {
@@ -410,6 +438,8 @@ int main(int argc, char *argv[])
 		preserve(argv[2], argv[3]);
 	else if (!strcmp(cmd, "scatter") && argc == 4)
 		scatter(argv[2], argv[3]);
+	else if (!strcmp(cmd, "owned") && argc == 3)
+		print_owned(argv[2]);
 	else if (!strcmp(cmd, "waiting") && argc == 3)
 		print_waiting(argv[2]);
 	else if (!strcmp(cmd, "retrieve") && argc == 3)

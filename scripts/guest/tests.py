@@ -445,6 +445,70 @@ for _name in SCATTERED:
     TESTS[f"scatter-{_name}"] = lambda log, name=_name: scatter(log, **SCATTERED[name])
 
 
+# Those who look at any struct page, while the data waits.  After the spare page there is a gap.
+READERS = """
+data=$(tail -n 2 /mnt/frames | head -n 1) spare=$(tail -n 1 /mnt/frames)
+memory=/sys/devices/system/memory
+report step reading struct pages
+for file in kpageflags kpagecount pagetypeinfo buddyinfo zoneinfo; do
+	cat /proc/$file >/dev/null || fail $file
+done
+idle=/sys/kernel/mm/page_idle/bitmap
+cat $idle >/dev/null || fail $idle
+# All but the end: the kernel takes nothing of the last word, again and again.
+head -c 28672 /dev/zero | tr '\\0' '\\377' >/tmp/idle
+dd bs=4096 if=/tmp/idle of=$idle || fail $idle
+check kho-guest owned /mnt
+report step moving pages
+echo 1 >/proc/sys/vm/compact_memory
+echo 3 >/proc/sys/vm/drop_caches
+echo 64 >/proc/sys/vm/nr_hugepages
+report hugepages "$(cat /proc/sys/vm/nr_hugepages)"
+echo 0 >/proc/sys/vm/nr_hugepages
+report step unplugging memory
+report size "0x$(cat $memory/block_size_bytes)"
+for block in $memory/memory*; do
+	if echo offline >"$block/state"; then
+		report unplugged "${block##*/memory}"
+		echo online >"$block/state" || fail "$block" does not come back
+	fi
+done
+check kho-guest waiting /mnt
+report step failing memory
+fails() {
+	printf '%#x' $(($2 * 4096)) >$memory/$1_offline_page
+	report "$1" "$3 $?"
+}
+fails soft "$data" preserved
+fails hard "$spare" preserved
+fails soft $((spare + 1)) free
+fails hard $((spare + 2)) free
+report "$(grep HardwareCorrupted: /proc/meminfo)"
+"""
+
+
+@test
+def readers(log):
+    """R -> R, thousands of runs, and everyone who looks at struct pages while they wait"""
+    with scattered(log) as guest:
+        done = guest.run("kho=on liveupdate=on page_poison=1 page_owner=on page_alloc.shuffle=1", [
+            SCATTER + "next_kernel next", READERS + RETRIEVE], smp=2)
+        expect_scattered(guest, done)
+        held = frames(guest)
+
+    def said(word):
+        return done.reported(2, word)
+
+    size = int(said("size")[0], 16) >> 12
+    lost = {str(frame // size) for frame in held} & set(said("unplugged"))
+    expect(f"page owner: {said('owned')}", said("owned") == ["49 of 49"])
+    expect(f"huge pages: {said('hugepages')}", said("hugepages") == ["64"])
+    expect(f"blocks {lost} with preserved memory were unplugged", not lost)
+    expect(f"soft failure: {said('soft')}", said("soft") == ["preserved 1", "free 0"])
+    expect(f"hard failure: {said('hard')}", said("hard") == ["preserved 1", "free 0"])
+    return f"{len(said('unplugged'))} blocks unplugged"
+
+
 # Handovers that are broken on their way.  The guest's memory is a file that we
 # change while kernel 1 waits, so that the kernels need no hook for this.
 
