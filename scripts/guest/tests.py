@@ -383,8 +383,8 @@ SCATTERED = {
 # one section's worth of pages of ZONE_DMA32.  On a second node that has the upper 512 MiB it goes
 # on, for one section.
 DEFERRED = (256 << 20) >> 12
-# Nobody takes back the root FDT and the blobs of the subtrees, in all 6 pages; one or two more are
-# where the loader put something that begins or ends within a page.
+# Nobody takes back the root FDT, the blobs of the subtrees and the like: 6 or 7 pages, with the C
+# implementation as well.
 UNCLAIMED = 10
 # The manifest, and LUO's list of the pages.
 SERIALISED = 32
@@ -430,6 +430,8 @@ def scatter(log, **options):
             ACCOUNT + "account held\ncheck kho-guest waiting /mnt" + RETRIEVE + "account given"],
             **options)
         expect_scattered(guest, done)
+    late = done.said(2, "deferred pages initialised")
+    expect(f"kernel 2 said: {late}", len(late) == (0 if args else options.get("nodes", 1)))
     total, free = {}, {}
     for stage, when in (1, "cold"), (2, "held"), (2, "given"):
         total[when], free[when] = map(int, done.reported(stage, when)[0].split())
