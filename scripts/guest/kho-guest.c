@@ -3,19 +3,24 @@
  * What a shell cannot do in the guest: live update sessions and kexec.
  *
  *   preserve SESSION DIR   memfd 0 = DIR/manifest, memfd N = DIR/N
+ *   scatter SESSION DIR    the same with gaps between the pages, and one page
+ *                          more; writes where they are to DIR/frames
+ *   waiting DIR            what /proc/kpageflags says of the memory there
+ *   owned DIR              what page owner says of it
  *   retrieve SESSION       take the session back, print what it holds
  *   renew SESSION          the same, then preserve the same files anew
  *   stress ROUNDS          preserve and unpreserve from two tasks at once
  *   load IMAGE INITRD ARGS load the next kernel
  *   kexec                  start it
  *
- * The manifest has one line per file.  preserve and renew leave a process
- * behind that holds the session open, for closing it gives it up.
+ * The manifest has one line per file.  preserve, scatter and renew leave a
+ * process behind that holds the session open, for closing it gives it up.
  */
 #define _GNU_SOURCE
 #include <err.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -30,8 +35,10 @@
 #include <linux/liveupdate.h>
 
 #define MAX_FILES	1024
+#define PAGE		4096
+#define LARGE_GAP	((240 << 20) / PAGE)
 
-static int fds[MAX_FILES];
+static int fds[MAX_FILES + 1];
 static char buffer[1 << 20];
 
 static int session_open(unsigned long request, const char *name)
@@ -82,7 +89,23 @@ static void write_all(int fd, const char *data, size_t len)
 	}
 }
 
-static int load_file(const char *dir, const char *name)
+/* Takes memory that will be free again. */
+static void leave_gap(int gaps, long pages)
+{
+	off_t end = lseek(gaps, 0, SEEK_END);
+
+	if (fallocate(gaps, 0, end, pages * PAGE))
+		err(1, "gap");
+}
+
+/* As much as lies between two pages that will not be free. */
+static long small_gap(void)
+{
+	return 1 + random() % 7;
+}
+
+/* gaps: a file for the memory that is to lie between the pages, or -1. */
+static int load_file(const char *dir, const char *name, int gaps)
 {
 	char path[4096];
 	int in, out;
@@ -93,8 +116,14 @@ static int load_file(const char *dir, const char *name)
 	out = memfd_create(name, 0);
 	if (in < 0 || out < 0)
 		err(1, "%s", path);
-	while ((n = read(in, buffer, sizeof(buffer))) > 0)
-		write_all(out, buffer, n);
+	while ((n = read(in, buffer, sizeof(buffer))) > 0) {
+		for (ssize_t i = 0; gaps >= 0 && i < n; i += PAGE) {
+			write_all(out, buffer + i, n - i < PAGE ? n - i : PAGE);
+			leave_gap(gaps, small_gap());
+		}
+		if (gaps < 0)
+			write_all(out, buffer, n);
+	}
 	if (n < 0)
 		err(1, "%s", path);
 	close(in);
@@ -148,29 +177,158 @@ static void hold(void)
 		pause();
 }
 
-static void preserve_files(const char *name, int count)
+static int preserve_files(const char *name, int count)
 {
 	int session = session_open(LIVEUPDATE_IOCTL_CREATE_SESSION, name);
 
 	for (int i = 0; i <= count; i++)
 		preserve_fd(session, fds[i], i);
-	hold();
+	return session;
+}
+
+/* Loads the files.  With gaps, each from another processor, and so its node. */
+static int load_files(const char *dir, int gaps)
+{
+	long cpus = sysconf(_SC_NPROCESSORS_ONLN);
+	char file[16];
+	int count;
+
+	fds[0] = load_file(dir, "manifest", -1);
+	count = count_files(fds[0]);
+	for (int i = 1; i <= count; i++) {
+		cpu_set_t cpu;
+
+		CPU_ZERO(&cpu);
+		CPU_SET((i - 1) % cpus, &cpu);
+		if (gaps >= 0 && sched_setaffinity(0, sizeof(cpu), &cpu))
+			err(1, "processor");
+		/* The first file lies low, the last one above this. */
+		if (gaps >= 0 && i == count)
+			leave_gap(gaps, LARGE_GAP);
+		snprintf(file, sizeof(file), "%d", i);
+		fds[i] = load_file(dir, file, gaps);
+	}
+	for (int i = 0; i <= count; i++)
+		print_file(fds[i], i);
+	return count;
 }
 
 static void preserve(const char *name, const char *dir)
 {
-	char file[16];
-	int count;
+	preserve_files(name, load_files(dir, -1));
+	hold();
+}
 
-	fds[0] = load_file(dir, "manifest");
-	count = count_files(fds[0]);
-	for (int i = 1; i <= count; i++) {
-		snprintf(file, sizeof(file), "%d", i);
-		fds[i] = load_file(dir, file);
+/* Opens a file of frame numbers. */
+static FILE *open_frames(const char *dir, const char *mode)
+{
+	char path[4096];
+	FILE *frames;
+
+	snprintf(path, sizeof(path), "%s/frames", dir);
+	frames = fopen(path, mode);
+	if (!frames)
+		err(1, "%s", path);
+	return frames;
+}
+
+static unsigned long read_entry(int fd, unsigned long index)
+{
+	unsigned long entry;
+
+	if (pread(fd, &entry, sizeof(entry), index * sizeof(entry)) !=
+	    sizeof(entry))
+		err(1, "entry %lu", index);
+	return entry;
+}
+
+/* Writes the frame of each page of a memfd. */
+static void write_frames(int fd, FILE *frames)
+{
+	int map = open("/proc/self/pagemap", O_RDONLY);
+	struct stat st;
+	char *mem;
+
+	if (map < 0 || fstat(fd, &st))
+		err(1, "frames");
+	mem = mmap(NULL, st.st_size, PROT_READ, MAP_SHARED | MAP_POPULATE, fd, 0);
+	if (st.st_size && mem == MAP_FAILED)
+		err(1, "frames");
+	for (off_t i = 0; i < st.st_size; i += PAGE) {
+		unsigned long entry = read_entry(map, (unsigned long)(mem + i) / PAGE);
+
+		if (!(entry >> 63))
+			errx(1, "page %lld has no frame", (long long)i / PAGE);
+		fprintf(frames, "%lu\n", entry & ((1UL << 55) - 1));
 	}
-	for (int i = 0; i <= count; i++)
-		print_file(fds[i], i);
-	preserve_files(name, count);
+	if (st.st_size)
+		munmap(mem, st.st_size);
+	close(map);
+}
+
+static void scatter(const char *name, const char *dir)
+{
+	int gaps = memfd_create("gaps", 0);
+	int count = load_files(dir, gaps);
+	FILE *frames = open_frames(dir, "w");
+	int session;
+
+	/* A page that the next kernel's user has no interest in. */
+	fds[count + 1] = memfd_create("spare", 0);
+	write_all(fds[count + 1], buffer, PAGE);
+	leave_gap(gaps, small_gap());
+	session = preserve_files(name, count);
+	preserve_fd(session, fds[count + 1], count + 1);
+	for (int i = 1; i <= count + 1; i++)
+		write_frames(fds[i], frames);
+	if (fclose(frames))
+		err(1, "frames");
+	/* Only now, or the session's own memory would fill the gaps. */
+	close(gaps);
+	hold();
+}
+
+/* Prints how many frames there are, and how many of them are free or in use. */
+static void print_waiting(const char *dir)
+{
+	int flags = open("/proc/kpageflags", O_RDONLY);
+	int counts = open("/proc/kpagecount", O_RDONLY);
+	FILE *frames = open_frames(dir, "r");
+	int total = 0, odd = 0;
+	unsigned long frame;
+
+	if (flags < 0 || counts < 0)
+		err(1, "/proc/kpage*");
+	for (; fscanf(frames, "%lu", &frame) == 1; total++)
+		odd += read_entry(flags, frame) || read_entry(counts, frame);
+	printf("frames %d, %d not waiting\n", total, odd);
+}
+
+/* Prints of how many of these frames page owner has a record; asks for a few. */
+static void print_owned(const char *dir)
+{
+	int owner = open("/sys/kernel/debug/page_owner", O_RDONLY);
+	FILE *frames = open_frames(dir, "r");
+	unsigned long frame, found;
+	int total = 0, owned = 0;
+
+	if (owner < 0)
+		err(1, "page_owner");
+	for (int i = 0; fscanf(frames, "%lu", &frame) == 1; i++) {
+		const char *record;
+
+		if (i % 64)
+			continue;
+		/* What is read is the first record from that frame on. */
+		memset(buffer, 0, sizeof(buffer));
+		if (pread(owner, buffer, 4096, frame) < 0)
+			err(1, "page_owner");
+		record = strstr(buffer, "PFN 0x");
+		owned += record && sscanf(record, "PFN %lx", &found) == 1 &&
+			 found == frame;
+		total++;
+	}
+	printf("owned %d of %d\n", owned, total);
 }
 
 /* With kho_break set, the tests must notice the byte that changes here. */
@@ -202,8 +360,10 @@ static void retrieve(const char *name, int again)
 	if (ioctl(session, LIVEUPDATE_SESSION_FINISH, &finish))
 		err(1, "finish %s", name);
 	close(session);
-	if (again)
+	if (again) {
 		preserve_files(name, count);
+		hold();
+	}
 }
 
 /* Sessions of this task's own, filled and given up again, again and again. */
@@ -276,6 +436,12 @@ int main(int argc, char *argv[])
 
 	if (!strcmp(cmd, "preserve") && argc == 4)
 		preserve(argv[2], argv[3]);
+	else if (!strcmp(cmd, "scatter") && argc == 4)
+		scatter(argv[2], argv[3]);
+	else if (!strcmp(cmd, "owned") && argc == 3)
+		print_owned(argv[2]);
+	else if (!strcmp(cmd, "waiting") && argc == 3)
+		print_waiting(argv[2]);
 	else if (!strcmp(cmd, "retrieve") && argc == 3)
 		retrieve(argv[2], 0);
 	else if (!strcmp(cmd, "renew") && argc == 3)

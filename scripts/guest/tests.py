@@ -447,6 +447,159 @@ def smp(log):
         done.expect_line(2, "KHO restore succeeded")
 
 
+# Memory that is scattered: every page of a file by itself, with gaps in between.
+
+SCATTER = PRESERVE.replace("kho-guest preserve", "kho-guest scatter")
+# All memory there is, and what of it is free, in the page allocator's lists or the processors'.
+ACCOUNT = """
+account() {
+	sync
+	echo 3 >/proc/sys/vm/drop_caches
+	report "$1" "$(awk '$1 == "MemTotal:" { total = $2 / 4 }
+		$1 == "nr_free_pages" || $1 == "count:" { free += $2 }
+		END { print total, free }' /proc/meminfo /proc/zoneinfo)"
+}
+"""
+# The machines of which one that goes wrong would not show on the others.
+SCATTERED = {
+    "1-cpu": {},
+    "4-cpus": {"smp": 4},
+    "2-nodes": {"smp": 2, "nodes": 2},
+    # Page owner, from early on, has all struct pages initialised at once.
+    "early": {"args": "page_owner=on early_page_ext"},
+}
+# Where the boot processor stops to initialise struct pages: at the first section of 128 MiB after
+# one section's worth of pages of ZONE_DMA32.  On a second node that has the upper 512 MiB it goes
+# on, for one section.
+DEFERRED = (256 << 20) >> 12
+# Nobody takes back the root FDT, the blobs of the subtrees and the like: 6 or 7 pages, with the C
+# implementation as well.
+UNCLAIMED = 10
+# The manifest, and LUO's list of the pages.
+SERIALISED = 32
+
+
+def scattered(log):
+    """A guest with two files of 6 MiB, of whose 3072 pages few are neighbours."""
+    guest = Guest(log, R)
+    for seed in 1, 2:
+        guest.add_file(f"data{seed}", data(6 << 20, seed))
+    return guest
+
+
+def frames(guest):
+    """The preserved frames; the last one is the spare page."""
+    return [int(line) for line in (guest.share / "frames").read_text().split()]
+
+
+def expect_scattered(guest, run):
+    """The data was scattered, all of it came back, and until then nobody had it."""
+    run.expect(2)
+    guest.expect_files(run, 1, 2)
+    run.expect_line(2, "KHO restore succeeded")
+    figures = g.takeover(run, 2)
+    expect(f"{figures['runs']} runs", figures["runs"] >= 2000)
+    late = sum(frame >= DEFERRED for frame in frames(guest))
+    expect(f"{late} frames in deferred memory", late >= 1000)
+    expect_waiting(run)
+
+
+def expect_waiting(run, but=0):
+    """Nobody had the frames that wait to be restored, but for a few."""
+    total, odd = map(int, re.findall(r"\d+", run.reported(2, "frames")[0]))
+    expect(f"{odd} of {total} frames do not wait", total == 3073 and odd <= but)
+
+
+def scatter(log, **options):
+    """R -> R, thousands of runs: the data, and no memory lost or given twice"""
+    args = options.pop("args", "")
+    with scattered(log) as guest:
+        done = guest.run(f"kho=on liveupdate=on page_poison=1 {args}", [
+            ACCOUNT + "account cold" + SCATTER + "next_kernel next",
+            ACCOUNT + "account held\ncheck kho-guest waiting /mnt" + RETRIEVE + "account given"],
+            **options)
+        expect_scattered(guest, done)
+    late = done.said(2, "deferred pages initialised")
+    expect(f"kernel 2 said: {late}", len(late) == (0 if args else options.get("nodes", 1)))
+    total, free = {}, {}
+    for stage, when in (1, "cold"), (2, "held"), (2, "given"):
+        total[when], free[when] = map(int, done.reported(stage, when)[0].split())
+    lost = total["cold"] - total["given"]
+    expect(f"{lost} pages less than before the kexec", 0 <= lost <= UNCLAIMED)
+    given, freed = (pages["given"] - pages["held"] for pages in (total, free))
+    expect(f"{given} pages were restored", 3073 <= given <= 3073 + SERIALISED)
+    expect(f"{freed} of {given} restored pages are free", abs(given - freed) <= 256)
+    return f"{lost} pages unclaimed"
+
+
+for _name in SCATTERED:
+    TESTS[f"scatter-{_name}"] = lambda log, name=_name: scatter(log, **SCATTERED[name])
+
+
+# Those who look at any struct page, while the data waits.  After the spare page there is a gap.
+READERS = """
+data=$(tail -n 2 /mnt/frames | head -n 1) spare=$(tail -n 1 /mnt/frames)
+memory=/sys/devices/system/memory
+report step reading struct pages
+for file in kpageflags kpagecount pagetypeinfo buddyinfo zoneinfo; do
+	cat /proc/$file >/dev/null || fail $file
+done
+idle=/sys/kernel/mm/page_idle/bitmap
+cat $idle >/dev/null || fail $idle
+# All but the end: the kernel takes nothing of the last word, again and again.
+head -c 28672 /dev/zero | tr '\\0' '\\377' >/tmp/idle
+dd bs=4096 if=/tmp/idle of=$idle || fail $idle
+check kho-guest owned /mnt
+report step moving pages
+echo 1 >/proc/sys/vm/compact_memory
+echo 3 >/proc/sys/vm/drop_caches
+echo 64 >/proc/sys/vm/nr_hugepages
+report hugepages "$(cat /proc/sys/vm/nr_hugepages)"
+echo 0 >/proc/sys/vm/nr_hugepages
+report step unplugging memory
+report size "0x$(cat $memory/block_size_bytes)"
+for block in $memory/memory*; do
+	if echo offline >"$block/state"; then
+		report unplugged "${block##*/memory}"
+		echo online >"$block/state" || fail "$block" does not come back
+	fi
+done
+check kho-guest waiting /mnt
+report step failing memory
+fails() {
+	printf '%#x' $(($2 * 4096)) >$memory/$1_offline_page
+	report "$1" "$3 $?"
+}
+fails soft "$data" preserved
+fails hard "$spare" preserved
+fails soft $((spare + 1)) free
+fails hard $((spare + 2)) free
+report "$(grep HardwareCorrupted: /proc/meminfo)"
+"""
+
+
+@test
+def readers(log):
+    """R -> R, thousands of runs, and everyone who looks at struct pages while they wait"""
+    with scattered(log) as guest:
+        done = guest.run("kho=on liveupdate=on page_poison=1 page_owner=on page_alloc.shuffle=1", [
+            SCATTER + "next_kernel next", READERS + RETRIEVE], smp=2)
+        expect_scattered(guest, done)
+        held = frames(guest)
+
+    def said(word):
+        return done.reported(2, word)
+
+    size = int(said("size")[0], 16) >> 12
+    lost = {str(frame // size) for frame in held} & set(said("unplugged"))
+    expect(f"page owner: {said('owned')}", said("owned") == ["49 of 49"])
+    expect(f"huge pages: {said('hugepages')}", said("hugepages") == ["64"])
+    expect(f"blocks {lost} with preserved memory were unplugged", not lost)
+    expect(f"soft failure: {said('soft')}", said("soft") == ["preserved 1", "free 0"])
+    expect(f"hard failure: {said('hard')}", said("hard") == ["preserved 1", "free 0"])
+    return f"{len(said('unplugged'))} blocks unplugged"
+
+
 # Handovers that are broken on their way.  The guest's memory is a file that we
 # change while kernel 1 waits, so that the kernels need no hook for this.
 
@@ -588,6 +741,28 @@ def overlap(log):
         done.expect_line(2, "KHO: memory was preserved twice")
 
 
+@test
+def early_restore(log):
+    """R -> R, memory that LUO restores before struct pages around it are initialised"""
+    def move_luo(ram, fdt):
+        # LUO's page is where struct pages are early; what is in the spare one nobody wants.
+        spare = frames(guest)[-1]
+        expect(f"frame {spare:#x} is not in deferred memory", spare >= DEFERRED)
+        blob = fdt_nodes(ram[fdt:fdt + struct.unpack_from(">I", ram, fdt + 4)[0]])["/LUO"]
+        luo, = struct.unpack("=Q", blob["preserved-data"])
+        ram[spare << 12:(spare + 1) << 12] = ram[luo:luo + 4096]
+        break_fdt(blob["preserved-data"], struct.pack("=Q", spare << 12))(ram, fdt)
+
+    with scattered(log) as guest:
+        # LUO writes where its sessions are when kexec happens, which is too late for the new page.
+        done = meddle(guest, move_luo, """
+            check kho-guest waiting /mnt
+            kho-guest retrieve run && fail LUO is where it was
+            """, first=SCATTER, mem="1G")
+    done.expect_line(2, "luo: Retrieved live update data")
+    expect_waiting(done, but=1)
+
+
 def damaged(log, damage):
     with make(log) as guest:
         done = meddle(guest, damage, "report step cold")
@@ -596,7 +771,7 @@ def damaged(log, damage):
         expect("the data was taken over", not done.said(2, "KHO restore succeeded"))
 
 
-def meddle(guest, damage, then):
+def meddle(guest, damage, then, first=PRESERVE, mem="512M"):
     """A kexec, with damage(ram, fdt) done to kernel 1 right before it."""
     ram_path, state, failed = guest.dir / "ram", [], []
 
@@ -612,11 +787,11 @@ def meddle(guest, damage, then):
                 failed.append(fail)
         (guest.share / "go").touch()
 
-    done = guest.run("kho=on liveupdate=on", [PRESERVE + """
+    done = guest.run("kho=on liveupdate=on", [first + """
         touch /mnt/waiting
         while [ ! -e /mnt/go ]; do sleep 0.1; done
         next_kernel next
-        """, then], mem="512M", ram=ram_path, during=during, timeout=120)
+        """, then], mem=mem, ram=ram_path, during=during, timeout=120)
     expect("kernel 1 has no root FDT", state)
     for fail in failed:
         raise fail
