@@ -625,8 +625,8 @@ impl<M: NodeMem> Tree<M> {
         }
     }
 
-    /// Returns the runs of adjacent keys from the first to the last of `bounds`, in ascending order.
-    /// For takeover: what iterates is in `.init.text`.
+    /// Returns the runs of adjacent keys from the first to the last of `bounds`, ascending. For
+    /// takeover: what iterates is in `.init.text`.
     pub(crate) fn runs_between(&self, bounds: (Key, Key)) -> Runs<'_, M> {
         Runs {
             tree: self,
@@ -673,28 +673,23 @@ impl<M: NodeMem> Tree<M> {
         true
     }
 
-    /// Takes the nodes without keys out of the tree, the root excepted, and frees them if they are
-    /// this kernel's.
-    ///
-    /// Nobody else may be in the tree.
-    pub(crate) fn prune(&self, ours: bool) {
+    /// Frees the nodes without keys, the root excepted. Nobody else may be in the tree.
+    pub(crate) fn prune(&self) {
         self.mem.forget();
-        self.prune_node(self.mem.node(self.root), ROOT, ours);
+        self.prune_node(self.mem.node(self.root), ROOT);
     }
 
-    fn prune_node(&self, node: &Node, level: u32, ours: bool) {
+    fn prune_node(&self, node: &Node, level: u32) {
         if level == 0 {
             return;
         }
         for word in &node.words {
             if let Some(addr) = NodeAddr::new(word.follow()) {
                 let child = self.mem.node(addr);
-                self.prune_node(child, level.wrapping_sub(1), ours);
+                self.prune_node(child, level.wrapping_sub(1));
                 if child.is_empty(0) {
                     word.store(0);
-                    if ours {
-                        self.mem.free(addr);
-                    }
+                    self.mem.free(addr);
                 }
             }
         }

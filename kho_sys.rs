@@ -237,7 +237,7 @@ pub(crate) fn prune(tree: &Tree<Direct>) {
     GENERATION.fetch_add(1, Ordering::Relaxed);
     // SAFETY: As above.
     unsafe { bindings::synchronize_rcu() };
-    tree.prune(true);
+    tree.prune();
     GENERATION.fetch_add(1, Ordering::Release);
     // SAFETY: Locked above.
     unsafe { bindings::kho_glue_unlock_prune() };

@@ -95,8 +95,8 @@ pub(crate) trait Machine {
     /// Returns the number of the frame after the last one of RAM.
     fn ram_end(&self) -> u64;
 
-    /// Returns the frames from `pfn` on that are RAM outside scratch, as many as are known to follow
-    /// each other; [`None`] if the first one is not.
+    /// Returns the frames from `pfn` on that are RAM outside scratch, as many as are known to
+    /// follow each other; [`None`] if the first one is not.
     fn room(&self, pfn: u64) -> Option<Frames>;
 }
 

@@ -298,8 +298,9 @@ impl Takeover {
                 self.adopt(grain_frames(number));
             }
         }
+        let takeover = &raw mut TAKEOVER;
         // SAFETY: Early boot; nobody looks at it before the next line.
-        let takeover = unsafe { (*&raw mut TAKEOVER).insert(self) };
+        let takeover = unsafe { (*takeover).insert(self) };
         PENDING.store(true, Ordering::Relaxed);
         Ok(takeover)
     }
@@ -432,8 +433,8 @@ impl Takeover {
         add_memory(count);
     }
 
-    /// Makes sure that the struct pages of a grain are initialised, makes its blocks restorable, and
-    /// gives back the rest; unless that has been done, or it is a mixed one.
+    /// Makes sure that the struct pages of a grain are initialised, makes its blocks restorable,
+    /// and gives back the rest; unless that has been done, or it is a mixed one.
     #[link_section = ".init.text"]
     fn open(&self, number: u64) {
         let (key, grain) = (Key::of_frame(number), grain_frames(number));
@@ -591,8 +592,9 @@ fn add_memory(count: u64) {
 /// Returns what was taken over, while something has not been given back.
 #[link_section = ".init.text"]
 fn pending() -> Option<&'static Takeover> {
+    let takeover = &raw const TAKEOVER;
     // SAFETY: See the static.
-    unsafe { (*&raw const TAKEOVER).as_ref() }
+    unsafe { (*takeover).as_ref() }
 }
 
 #[link_section = ".init.text"]

@@ -334,7 +334,7 @@ fn act(mem: &Mem, root: u64, action: Action) -> bool {
 /// Prunes the tree and returns how many nodes that freed, if nobody else allocates any.
 fn prune(tree: &Tree<&Mem>, mem: &Mem) -> usize {
     let before = mem.live();
-    tree.prune(true);
+    tree.prune();
     before.wrapping_sub(mem.live())
 }
 
