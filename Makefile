@@ -17,7 +17,7 @@ ifneq ($(CACHE),)
 export CACHE
 endif
 
-.PHONY: help prepare kernel run test bench install uninstall clean
+.PHONY: help prepare kernel run test bench bench-host install uninstall clean
 
 help:
 	@echo 'make run        build a kernel and hand real data over to it by kexec'
@@ -28,6 +28,7 @@ help:
 	@echo '                  ARCHS="x86_64 arm64" COMPILERS="gcc llvm"'
 	@echo '                  CONFIGS="debug production" WORKLOADS="scattered-0 million ..."'
 	@echo '                  OUT=<dir>    where the results go, too'
+	@echo 'make bench-host measure the tree natively: nanoseconds, and scaling with threads'
 	@echo 'make kernel     build the kernel only'
 	@echo 'make install    put the implementation into the tree KDIR'
 	@echo 'make uninstall  take it out of KDIR again'
@@ -57,6 +58,10 @@ test: prepare
 
 bench: prepare
 	@scripts/bench $(if $(OUT),--out '$(OUT)')
+
+bench-host:
+	@scripts/root
+	@scripts/bench-host
 
 install:
 	@scripts/overlay install '$(KDIR)'
