@@ -185,16 +185,14 @@ impl NodeMem for Direct {
     #[link_section = ".ref.text"]
     #[inline(never)]
     fn alloc(&self) -> Option<NodeAddr> {
-        // SAFETY: These allocators may be called by anyone who may sleep, each in its time.
-        let page = unsafe {
-            if bindings::slab_is_available() {
-                bindings::get_zeroed_page_noprof(bindings::GFP_KERNEL) as *mut c_void
-            } else {
-                let size = bindings::PAGE_SIZE as u64;
-                bindings::memblock_alloc_try_nid(size, size, 0, 0, bindings::NUMA_NO_NODE)
+        // SAFETY: May be called by anyone who may sleep.
+        unsafe {
+            if !bindings::slab_is_available() {
+                return alloc_early();
             }
-        };
-        NonNull::new(page).and_then(|page| NodeAddr::new(phys(page.as_ptr())))
+            let page = bindings::get_zeroed_page_noprof(bindings::GFP_KERNEL) as *mut c_void;
+            NonNull::new(page).and_then(|page| NodeAddr::new(phys(page.as_ptr())))
+        }
     }
 
     #[link_section = ".ref.text"]
@@ -216,6 +214,57 @@ impl NodeMem for Direct {
         // SAFETY: By the contract of `Direct::new()` there is a node, which is made of words that
         // are only accessed atomically.
         unsafe { &*(virt as *const Node) }
+    }
+}
+
+/// Pages of memblock's that wait to become nodes: the address of the first, and their end.
+///
+/// Takeover makes many nodes; memblock takes its time for each request, whatever its size.
+// Early boot runs on one CPU.
+#[link_section = ".init.data"]
+static mut POOL: (u64, u64) = (0, 0);
+
+/// How many pages are taken from memblock at once.
+const POOL_PAGES: u64 = 16;
+
+/// Allocates a node from memblock.
+#[link_section = ".init.text"]
+fn alloc_early() -> Option<NodeAddr> {
+    let page = bindings::PAGE_SIZE as u64;
+    // SAFETY: Early boot; see the static.
+    let (mut next, mut end) = unsafe { POOL };
+    if next == end {
+        for pages in [POOL_PAGES, 1] {
+            let size = page.wrapping_mul(pages);
+            // SAFETY: Early boot.
+            let virt = unsafe {
+                bindings::memblock_alloc_try_nid(size, page, 0, 0, bindings::NUMA_NO_NODE)
+            };
+            if !virt.is_null() {
+                next = phys(virt);
+                end = next.wrapping_add(size);
+                break;
+            }
+        }
+    }
+    if next == end {
+        return None;
+    }
+    // SAFETY: As above.
+    unsafe { POOL = (next.wrapping_add(page), end) };
+    NodeAddr::new(next)
+}
+
+/// Frees what no node was made of.
+#[link_section = ".init.text"]
+pub(crate) fn drain_pool() {
+    // SAFETY: Early boot; see the static.
+    let (mut next, end) = unsafe { (&raw mut POOL).replace((0, 0)) };
+    // SAFETY: Only nodes of this kernel's are freed.
+    let direct = unsafe { Direct::new() };
+    while let Some(node) = NodeAddr::new(next).filter(|_| next < end) {
+        direct.free(node);
+        next = next.wrapping_add(bindings::PAGE_SIZE as u64);
     }
 }
 

@@ -40,6 +40,7 @@ use super::kho_radix::{
 };
 use super::kho_range::Frames;
 use super::PAGE_SHIFT;
+use core::ops::Range;
 
 /// Orders that a key can have. RAM has no blocks of the largest, but their keys must be seen to be
 /// refused.
@@ -331,7 +332,8 @@ impl<M: NodeMem, S: NodeMem> Chart<'_, M, S> {
                     self.count(order, count, (word & !old).count_ones().into());
                 }
                 pfn = pfn.wrapping_add(WORD_BITS);
-                blocks = blocks.checked_shr(u64::BITS >> order.get()).unwrap_or(0);
+                let width = u64::BITS.wrapping_shr(order.get());
+                blocks = blocks.checked_shr(width).unwrap_or(0);
             }
         }
         Ok(())
@@ -442,29 +444,43 @@ pub(crate) fn grains<S: NodeMem>(
     grains: &Tree<S>,
 ) -> Result<u64, NoMemory> {
     let mut ranges = 0u64;
-    // The frame after the last one that was met, which is not frame 0, and the grain that was
-    // added last.
-    let (mut end, mut last) = (u64::MAX, None);
+    // The frame after the last one that was met, which is not frame 0.
+    let mut end = u64::MAX;
+    // The grains that were met last, in a row, and have not been added.
+    let mut row = 0..0;
     let mut from = Key::MIN;
     while let Some((first, leaf)) = held.next_leaf(from, Key::MAX) {
-        for index in 0..WORDS {
+        let mut index = 0;
+        while index < WORDS {
             let word = leaf.word(index).load();
-            if word == 0 {
-                continue;
-            }
             let pfn = first.wrapping_add(index.wrapping_mul(WORD_BITS));
-            let number = pfn.wrapping_shr(grain.get());
-            if word == u64::MAX && end == pfn && last == Some(number) {
-                end = pfn.wrapping_add(WORD_BITS);
+            index = index.wrapping_add(1);
+            if word == 0 {
                 continue;
             }
             // A range starts at each bit whose neighbour below is clear.
             let below = word.wrapping_shl(1) | u64::from(end == pfn);
-            ranges = ranges.wrapping_add((word & !below).count_ones().into());
+            if word & !below != 0 {
+                ranges = ranges.wrapping_add((word & !below).count_ones().into());
+            }
             end = pfn.wrapping_add(WORD_BITS.wrapping_sub(word.leading_zeros().into()));
-            if last != Some(number) {
-                last = Some(number);
-                grains.add(Key::of_frame(number))?;
+            let number = pfn.wrapping_shr(grain.get());
+            if row.end != number.wrapping_add(1) {
+                if row.end != number {
+                    add_row(grains, row)?;
+                    row = number..number;
+                }
+                row.end = number.wrapping_add(1);
+            }
+            // What is left of a large block in this grain.
+            let last = (pfn | grain.pages().wrapping_sub(1)).wrapping_sub(first) / WORD_BITS;
+            while end % WORD_BITS == 0
+                && index <= last
+                && index < WORDS
+                && leaf.word(index).load() == u64::MAX
+            {
+                end = end.wrapping_add(WORD_BITS);
+                index = index.wrapping_add(1);
             }
         }
         match Key::new(first.wrapping_add(LEAF_SIZE)) {
@@ -472,7 +488,18 @@ pub(crate) fn grains<S: NodeMem>(
             None => break,
         }
     }
+    add_row(grains, row)?;
     Ok(ranges)
+}
+
+/// Adds some numbers to a set.
+#[link_section = ".init.text"]
+fn add_row<S: NodeMem>(set: &Tree<S>, row: Range<u64>) -> Result<(), NoMemory> {
+    let count = row.end.wrapping_sub(row.start);
+    if let Some(numbers) = Pfn::new(row.start).and_then(|first| Frames::new(first, count)) {
+        fill(set, numbers)?;
+    }
+    Ok(())
 }
 
 /// Makes `grains` coarser, by adding neighbours, until they make up no more than `limit` runs.

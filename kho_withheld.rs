@@ -278,6 +278,7 @@ impl Takeover {
         for set in [self.nodes, self.held, self.closed, self.raw, self.mixed] {
             set.destroy();
         }
+        kho_sys::drain_pool();
     }
 
     /// Reserves everything that is held, or leaves memory as it was.
