@@ -661,14 +661,16 @@ impl<M: NodeMem> Tree<M> {
         if level == 0 {
             return visitor.leaf(first, node);
         }
-        let mut next = first;
-        for word in &node.words {
-            if let Some(child) = NodeAddr::new(word.follow()) {
-                if !self.visit_node(visitor, child, level.wrapping_sub(1), next) {
-                    return false;
-                }
+        let shift = level_shift(level);
+        for (index, word) in (0u64..).zip(&node.words) {
+            // Most entries are unused.
+            let Some(child) = NodeAddr::new(word.follow()) else {
+                continue;
+            };
+            let first = first | index.wrapping_shl(shift);
+            if !self.visit_node(visitor, child, level.wrapping_sub(1), first) {
+                return false;
             }
-            next = next.wrapping_add(1u64.wrapping_shl(level_shift(level)));
         }
         true
     }
