@@ -253,7 +253,7 @@ impl Takeover {
         if !self.held.contains(Key::of_frame(fdt.get())) {
             return Err(Refusal::Fdt(fdt.phys()));
         }
-        // The nodes of this tree without keys are of no use, and may lie anywhere.
+        // The tree is read until late. Who preserved one of its nodes keeps it.
         for run in self.nodes.runs_between(ALL) {
             for i in 0..run.count {
                 let node = Key::of_frame(run.first.get().wrapping_add(i));
