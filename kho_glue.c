@@ -178,12 +178,6 @@ void __init kho_glue_add_totalram(unsigned long nr_pages)
 	totalram_pages_add(nr_pages);
 }
 
-void __init kho_glue_node_span(int nid, unsigned long *start_pfn, unsigned long *end_pfn)
-{
-	*start_pfn = node_start_pfn(nid);
-	*end_pfn = node_end_pfn(nid);
-}
-
 void __init kho_glue_in_parallel(void (*fn)(unsigned long start, unsigned long end, void *arg),
 				 unsigned long start, unsigned long end, unsigned long align)
 {

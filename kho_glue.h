@@ -72,7 +72,6 @@ void kho_glue_init_pageblocks(unsigned long pfn, unsigned long nr_pages);
 void kho_glue_free_block(unsigned long pfn, unsigned int order);
 unsigned long kho_glue_nr_free(void);
 void kho_glue_add_totalram(unsigned long nr_pages);
-void kho_glue_node_span(int nid, unsigned long *start_pfn, unsigned long *end_pfn);
 void kho_glue_in_parallel(void (*fn)(unsigned long start, unsigned long end, void *arg),
 			  unsigned long start, unsigned long end, unsigned long align);
 void kho_glue_cond_resched(void);

@@ -53,7 +53,7 @@ const EARLY_MAX: u64 = 128 * 1024;
 
 /// Scratch is extended by whole blocks of this size: coarse enough to be quick on large machines,
 /// and of no use on small ones.
-const GRAIN: u64 = 1 << 30;
+const EXTENSION: u64 = 1 << 30;
 
 /// The size of the memory with the FDT that was handed over, and the physical address of the table
 /// of scratch areas.
@@ -240,9 +240,9 @@ fn unmark(areas: &[bindings::kho_scratch]) {
 fn extend(busy: Ranges<'_>) {
     let mut free_from = 0u64;
     for frames in busy {
-        mark_scratch(free_from, frames.phys() & !(GRAIN - 1));
+        mark_scratch(free_from, frames.phys() & !(EXTENSION - 1));
         let end = frames.phys().saturating_add(frames.bytes());
-        free_from = end.checked_next_multiple_of(GRAIN).unwrap_or(u64::MAX);
+        free_from = end.checked_next_multiple_of(EXTENSION).unwrap_or(u64::MAX);
     }
     // SAFETY: Early boot.
     mark_scratch(free_from, unsafe { bindings::memblock_end_of_DRAM() });

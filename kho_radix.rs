@@ -149,16 +149,15 @@ impl Node {
             let bits = (WORD_BITS - at % WORD_BITS).min(end.wrapping_sub(at));
             let mask = u64::MAX.wrapping_shr(WORD_BITS.wrapping_sub(bits) as u32);
             let mask = mask.wrapping_shl(at as u32);
-            let mut word = self.word(at / WORD_BITS);
-            let mut old = word.load();
+            let word = self.word(at / WORD_BITS);
+            let old = word.load();
             word.store(old | mask);
             again = again.wrapping_add((old & mask).count_ones().into());
             at = at.wrapping_add(bits);
             // Most of a large block is whole words that nobody has set.
             while end.saturating_sub(at) >= WORD_BITS {
-                word = self.word(at / WORD_BITS);
-                old = word.load();
-                if old != 0 {
+                let word = self.word(at / WORD_BITS);
+                if word.load() != 0 {
                     break;
                 }
                 word.store(u64::MAX);

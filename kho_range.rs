@@ -144,6 +144,15 @@ impl Frames {
         }
     }
 
+    /// Returns the largest block that the range starts with, of order `most` at the most.
+    #[inline]
+    pub(crate) fn first_block(self, most: Order) -> Option<Block> {
+        // Frame 0 is aligned to anything.
+        let aligned = self.start.trailing_zeros();
+        let order = self.count().checked_ilog2()?.min(aligned).min(most.get());
+        Block::new(Pfn::new(self.start)?, Order::new(order)?)
+    }
+
     /// Returns the range up to the next frame whose number is a multiple of `size`, a power of two.
     #[inline]
     pub(crate) fn head_to(self, size: u64) -> Self {
@@ -191,25 +200,18 @@ impl<F: Fn(u64, u64) -> bool> Iterator for Blocks<F> {
 
     #[inline(never)]
     fn next(&mut self) -> Option<Block> {
-        let Frames { start, end } = self.rest;
-        // Frame 0 is aligned to anything.
-        let aligned = start.trailing_zeros();
-        let mut order = self.rest.count().checked_ilog2()?.min(aligned);
+        let mut block = self.rest.first_block(Order::MAX)?;
         // OVERFLOW: The block ends within the range.
-        while order > 0
+        while block.order() > Order::ZERO
             && !(self.one_node)(
-                start,
-                start.wrapping_add(1u64.wrapping_shl(order).wrapping_sub(1)),
+                block.pfn().get(),
+                Frames::of_block(block).end().wrapping_sub(1),
             )
         {
-            order = order.wrapping_sub(1);
+            let smaller = Order::new(block.order().get().wrapping_sub(1))?;
+            block = self.rest.first_block(smaller)?;
         }
-        let block = Block::new(Pfn::new(start)?, Order::new(order)?)?;
-        // INVARIANT: The block is no longer than the range.
-        self.rest = Frames {
-            start: start.wrapping_add(block.order().pages()),
-            end,
-        };
+        self.rest = self.rest.tail(block.order().pages());
         Some(block)
     }
 }

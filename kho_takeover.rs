@@ -154,7 +154,7 @@ impl<S: NodeMem> Visitor for Survey<'_, S> {
         let phys = addr.get();
         let node = Frames::exact(phys, 1 << PAGE_SHIFT)
             .filter(|frames| self.machine.room(frames.start()).is_some())
-            .and_then(|frames| Key::new(frames.start()));
+            .map(|frames| Key::of_frame(frames.start()));
         self.refusal = match node.map(|node| self.seen.add(node)) {
             Some(Err(NoMemory)) => Some(Refusal::NoMemory),
             None | Some(Ok(false)) => Some(Refusal::Node(phys)),
@@ -614,10 +614,7 @@ impl<S: NodeMem> Iterator for Gaps<'_, S> {
         if self.gap.count() == 0 && !self.find() {
             return None;
         }
-        let start = self.gap.start();
-        let order = self.gap.count().checked_ilog2()?;
-        let order = order.min(start.trailing_zeros()).min(self.most.get());
-        let block = Block::new(Pfn::new(start)?, Order::new(order)?)?;
+        let block = self.gap.first_block(self.most)?;
         self.gap = self.gap.tail(block.order().pages());
         Some(block)
     }
@@ -644,9 +641,8 @@ pub(crate) fn keys(frames: Frames, order: Order) -> Option<(Key, Key)> {
 /// Returns whether a larger block of the tree has the frames of `block`, too.
 #[link_section = ".init.text"]
 pub(crate) fn is_claimed<M: NodeMem>(tree: &Tree<M>, census: &Census, block: Block) -> bool {
-    for order in Order::all().skip_while(|order| *order <= block.order()) {
-        let used = census.blocks.get(order.get() as usize).copied();
-        if used.is_some_and(|count| count > 0) && tree.contains(Key::of(block.enclosing(order))) {
+    for (order, _) in census.orders() {
+        if order > block.order() && tree.contains(Key::of(block.enclosing(order))) {
             return true;
         }
     }

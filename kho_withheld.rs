@@ -477,18 +477,27 @@ impl Takeover {
         gaps.next().is_some()
     }
 
-    /// Gives back the gaps of mixed grains: of those whose surroundings are there as well, or all.
+    /// Gives back the gaps of the mixed grains below frame `end`, whose surroundings have struct
+    /// pages as well.
     #[link_section = ".init.text"]
-    fn open_mixed(&self, all: bool) {
+    fn open_mixed(&self, end: u64) {
         for frames in frames_of(&self.mixed) {
             for number in grain_numbers(frames) {
                 let grain = grain_frames(number);
-                if all || grain.end() <= first_deferred() {
+                if grain.end() <= end {
                     self.mixed.remove(Key::of_frame(number));
                     self.free_gaps(grain);
                 }
             }
         }
+    }
+
+    /// Returns whether there are grains to be opened from number `start` to before `end`.
+    #[link_section = ".init.text"]
+    fn has_any(&self, start: u64, end: u64) -> bool {
+        let last = Key::of_frame(end.wrapping_sub(1));
+        let bounds = (Key::of_frame(start), last);
+        start < end && self.closed.runs_between(bounds).next().is_some()
     }
 
     /// Frees the nodes of the tree, and what was needed to know all this.
@@ -612,7 +621,7 @@ fn finish() {
 pub(crate) fn init_free() {
     kho_sys::set_buddy_is_up();
     let Some(takeover) = pending() else { return };
-    takeover.open_mixed(false);
+    takeover.open_mixed(first_deferred());
     takeover.open_some();
     if cfg!(not(CONFIG_DEFERRED_STRUCT_PAGE_INIT)) {
         finish();
@@ -637,22 +646,12 @@ pub(crate) fn init_late() {
             };
         }
     }
-    takeover.open_mixed(true);
+    takeover.open_mixed(u64::MAX);
     finish();
 }
 
 /// Grains that one CPU works on at a time: 128 MiB where a grain has 4 MiB.
 const CHUNK: usize = 32;
-
-impl Takeover {
-    /// Returns whether there are grains to be opened from number `start` to before `end`.
-    #[link_section = ".init.text"]
-    fn has_any(&self, start: u64, end: u64) -> bool {
-        let last = Key::of_frame(end.wrapping_sub(1));
-        let bounds = (Key::of_frame(start), last);
-        start < end && self.closed.runs_between(bounds).next().is_some()
-    }
-}
 
 /// Opens the grains from number `start` to before `end`.
 ///
