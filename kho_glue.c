@@ -252,7 +252,7 @@ phys_addr_t kho_glue_virt_to_phys(void *virt)
 
 struct page **kho_glue_alloc_pages_array(unsigned long nr_pages)
 {
-	return kvmalloc_array(nr_pages, sizeof(struct page *), GFP_KERNEL);
+	return kvmalloc_array(nr_pages, sizeof(struct page *), GFP_KERNEL | __GFP_NOWARN);
 }
 
 struct vm_struct *kho_glue_vmap(struct page **pages, unsigned long nr_pages,
@@ -298,13 +298,13 @@ void *kho_glue_vmap_done(struct vm_struct *area, struct page **pages,
 static DEFINE_MUTEX(kho_fdt_mutex);
 static DEFINE_MUTEX(kho_prune_mutex);
 
-static DEFINE_PER_CPU(struct kho_glue_hint, kho_hint);
+static DEFINE_PER_CPU(struct kho_glue_hints, kho_hints);
 
-/* Disables preemption; returns the CPU's hint. */
-struct kho_glue_hint *kho_glue_enter(void)
+/* Disables preemption; returns the CPU's hints. */
+struct kho_glue_hints *kho_glue_enter(void)
 {
 	preempt_disable();
-	return this_cpu_ptr(&kho_hint);
+	return this_cpu_ptr(&kho_hints);
 }
 
 void kho_glue_leave(void)

@@ -49,9 +49,9 @@ struct kho_glue_folio {
 	unsigned long order;
 };
 
-/* Room for where a CPU found its last leaf, in one cache line; see kho_radix.rs. */
-struct kho_glue_hint {
-	u64 words[4];
+/* Room for where a CPU found its last leaves, one in a cache line; see kho_radix.rs. */
+struct kho_glue_hints {
+	u64 words[16][4];
 } __aligned(32);
 
 /* struct pages */
@@ -96,7 +96,7 @@ void *kho_glue_vmap_done(struct vm_struct *area, struct page **pages,
 			 unsigned long nr_pages, bool vm_alloc);
 
 /* locks, time, environment */
-struct kho_glue_hint *kho_glue_enter(void);
+struct kho_glue_hints *kho_glue_enter(void);
 void kho_glue_leave(void);
 void kho_glue_mutex_init(struct mutex *lock);
 void kho_glue_lock_fdt(void);

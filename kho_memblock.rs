@@ -308,7 +308,7 @@ fn take_over(takeover: Takeover) -> Result<(), Refusal> {
         blocks,
         takeover.ranges,
         takeover.census.frames,
-        takeover.node_count,
+        takeover.census.nodes,
         cycles
     );
     Ok(())

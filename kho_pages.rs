@@ -9,8 +9,8 @@
 //!
 //!  preserve()      key in the tree --->  takeover: reserved, first page marked Preserved
 //!  unpreserve()    key gone              take_folio(): mark gone, an allocated block
-//!                                        Step::Claim: marked Claimed, or all put back
-//!                                        into_pages(): mark gone, an allocated block
+//!                                        claim(): marked Claimed, or all put back
+//!                                        take(): mark gone, allocated pages
 //! ```
 //!
 //! Restoring several blocks claims all of them before it changes the first, so that it happens
@@ -18,7 +18,8 @@
 
 use super::kho_key::{
     Block,
-    Key, //
+    Key,
+    Order, //
 };
 use super::kho_radix::Removal;
 use super::kho_range::Frames;
@@ -200,73 +201,56 @@ fn settle_folio(phys: u64) {
     }
 }
 
-/// What is done with each block of a range on its way to being restored.
-#[derive(Clone, Copy, PartialEq)]
-pub(crate) enum Step {
-    /// Nothing, if it is preserved.
-    Check,
-    /// Claims it.
-    Claim,
-    /// Puts a claimed one back.
-    Unclaim,
-    /// Makes a claimed one single pages, to which the caller has the only reference.
-    Take,
+/// Claims all blocks of `frames`, as they come: whatever the range was cut into when it was
+/// preserved. Nothing is claimed if one is not preserved, or does not end in the range.
+pub(crate) fn claim(frames: Frames) -> bool {
+    kho_withheld::settle(frames);
+    let done = walk(frames, Mark::Preserved, |page, order| {
+        page.turn(Mark::Preserved, Mark::Claimed, order)
+    });
+    if done < frames.count() {
+        unclaim(frames.head(done));
+    }
+    done == frames.count()
 }
 
-/// Takes a step with the blocks of `frames`, as they come: whatever the range was cut into when it
-/// was preserved. Stops before one that is not as it has to be, or does not end in the range, and
-/// returns how many frames lie before that.
-#[inline(never)]
-fn walk(frames: Frames, step: Step) -> u64 {
-    let (from, to) = match step {
-        Step::Check | Step::Claim => (Mark::Preserved, Mark::Claimed),
-        Step::Unclaim | Step::Take => (Mark::Claimed, Mark::Preserved),
-    };
+/// Undoes [`claim`].
+pub(crate) fn unclaim(frames: Frames) {
+    walk(frames, Mark::Claimed, |page, order| {
+        page.turn(Mark::Claimed, Mark::Preserved, order)
+    });
+}
+
+/// Makes what was claimed single pages, to which the caller has the only reference.
+pub(crate) fn take(frames: Frames) {
+    walk(frames, Mark::Claimed, |page, order| {
+        page.into_pages(order);
+        true
+    });
+}
+
+/// Calls `each` with the blocks of `frames`, all of which carry `mark`. Stops before one that does
+/// not, or does not end in the range, or when `each` fails; returns how many frames lie before
+/// that.
+fn walk(frames: Frames, mark: Mark, each: impl Fn(Page, Order) -> bool) -> u64 {
     let mut done = 0u64;
-    while let Some(page) = Page::online(frames.start().wrapping_add(done)) {
-        let Some(order) = page.order(from) else { break };
-        if order.pages() > frames.count().wrapping_sub(done) {
+    while done < frames.count() {
+        let page = Page::online(frames.start().wrapping_add(done));
+        let Some((page, order)) = page.and_then(|page| Some((page, page.order(mark)?))) else {
             break;
-        }
-        match step {
-            Step::Check => {}
-            Step::Claim | Step::Unclaim => {
-                if !page.turn(from, to, order) {
-                    break;
-                }
-            }
-            Step::Take => page.into_pages(order),
+        };
+        if order.pages() > frames.count().wrapping_sub(done) || !each(page, order) {
+            break;
         }
         done = done.wrapping_add(order.pages());
-        if done == frames.count() {
-            break;
-        }
     }
     done
 }
 
-/// Takes a step with all of `frames`; returns whether all of it was as it has to be. It is claimed
-/// as a whole or not at all.
-pub(crate) fn all(frames: Frames, step: Step) -> bool {
-    if step == Step::Claim && !all(frames, Step::Check) {
-        return false;
-    }
-    kho_withheld::settle(frames);
-    let done = walk(frames, step);
-    if done == frames.count() {
-        return true;
-    }
-    if step == Step::Claim {
-        // Somebody else restores part of it at the same time.
-        walk(frames.head(done), Step::Unclaim);
-    }
-    false
-}
-
 /// Restores a range of single pages, which starts at `phys`, all of it or nothing.
 pub(crate) fn restore_frames(frames: Option<Frames>, phys: u64) -> Option<Page> {
-    if let Some(frames) = frames.filter(|it| it.count() > 0 && all(*it, Step::Claim)) {
-        all(frames, Step::Take);
+    if let Some(frames) = frames.filter(|it| it.count() > 0 && claim(*it)) {
+        take(frames);
         return Page::online(frames.start());
     }
     kho_sys::complain(NOTHING, phys);

@@ -29,9 +29,9 @@
 //!
 //! # Hints
 //!
-//! Keys that are added or removed one after the other mostly share a leaf. So each CPU notes the
-//! leaf that it used last, see [`Hint`], and goes there without a descent if the next key belongs
-//! to it:
+//! Keys of one order that are added or removed one after the other mostly share a leaf. So each CPU
+//! notes the leaf that it used last for an order, see [`Hints`], and goes there without a descent if
+//! the next key belongs to it:
 //!
 //! ```text
 //!  hint    generation | root | key >> LEAF_BITS | leaf
@@ -96,6 +96,44 @@ impl Node {
         &self.words[(index & (WORDS - 1)) as usize]
     }
 
+    /// Returns the index and the value of the first word from `index` on that is not 0.
+    #[inline(never)]
+    fn next_used(&self, index: u64) -> Option<(u64, u64)> {
+        let mut index = index;
+        while index < WORDS {
+            // Most words of most nodes are 0.
+            if index % 4 == 0 {
+                let any = |i: u64| self.word(index.wrapping_add(i)).load();
+                if any(0) | any(1) | any(2) | any(3) == 0 {
+                    index = index.wrapping_add(4);
+                    continue;
+                }
+            }
+            let value = self.word(index).load();
+            if value != 0 {
+                return Some((index, value));
+            }
+            index = index.wrapping_add(1);
+        }
+        None
+    }
+
+    /// Returns the first entry of a table from `index` on that is used, and where it leads.
+    fn next_child(&self, index: u64) -> Option<(u64, NodeAddr)> {
+        let (index, _) = self.next_used(index)?;
+        Some((index, NodeAddr::new(self.word(index).follow())?))
+    }
+
+    /// Returns all entries of a table that are used, and where they lead.
+    fn children(&self) -> impl Iterator<Item = (u64, NodeAddr)> + '_ {
+        let mut from = 0;
+        core::iter::from_fn(move || {
+            let child = self.next_child(from)?;
+            from = child.0.wrapping_add(1);
+            Some(child)
+        })
+    }
+
     /// Returns whether no bit is set and no entry is used, looking at the words around `near`
     /// first: who empties a leaf in either direction finds the words that are still used there.
     #[inline(never)]
@@ -114,12 +152,8 @@ impl Node {
         }
         let mut index = from / WORD_BITS;
         let mut word = self.word(index).load() & u64::MAX.wrapping_shl(from as u32);
-        while word == 0 {
-            index = index.wrapping_add(1);
-            if index >= WORDS {
-                return None;
-            }
-            word = self.word(index).load();
+        if word == 0 {
+            (index, word) = self.next_used(index.wrapping_add(1))?;
         }
         let skip = word.trailing_zeros();
         let first = index.wrapping_mul(WORD_BITS).wrapping_add(skip.into());
@@ -221,14 +255,36 @@ impl NodeAddr {
     }
 }
 
-/// Where a CPU found a leaf; all zeroes is a hint that never matches.
+/// Where a CPU found leaves, by the order of their keys. All zeroes are hints that never match.
+///
+/// A range of memory is cut into blocks whose orders rise and fall, so that one hint for all orders
+/// would be of no use there.
+#[repr(C)]
+#[derive(Default)]
+pub(crate) struct Hints([Hint; HINTS]);
+
+/// Two orders share a hint only if they are this far apart; the page allocator has eleven.
+const HINTS: usize = 16;
+
+impl Hints {
+    /// Returns the hint for `key`.
+    #[inline(always)]
+    fn of(&self, key: Key) -> &Hint {
+        // A key starts with the bit that says its order, and so does what a leaf's keys share.
+        let order = leaf_keys(key).leading_zeros() as usize;
+        // BOUNDS: The remainder is less than the array's length.
+        &self.0[order % HINTS]
+    }
+}
+
+/// Where a CPU found a leaf.
 ///
 /// # Invariants
 ///
 /// While nodes are of `generation`, the tree whose root is at `root` has its leaf for the keys
 /// whose upper bits are `keys` at `leaf`; or `root` is 0.
 #[repr(C)]
-pub(crate) struct Hint {
+struct Hint {
     generation: Cell<u64>,
     root: Cell<u64>,
     keys: Cell<u64>,
@@ -271,8 +327,8 @@ impl Default for Hint {
 
 /// Being in the tree, until this is dropped.
 pub(crate) trait Pass {
-    /// Returns the hint of this CPU, which nobody else uses during the pass.
-    fn hint(&self) -> &Hint;
+    /// Returns the hints of this CPU, which nobody else uses during the pass.
+    fn hints(&self) -> &Hints;
 
     /// Returns the generation that nodes were of when the tree was entered. It stays the same until
     /// the pass ends.
@@ -290,7 +346,7 @@ pub(crate) trait NodeMem: Copy {
     /// Enters the tree, waiting while it is being pruned.
     fn enter(&self) -> Self::Pass<'_>;
 
-    /// Starts a new generation of nodes: every [`Hint`] is useless from now on, in all trees of
+    /// Starts a new generation of nodes: all [`Hints`] are useless from now on, in all trees of
     /// this memory. Nobody may be in a tree of which nodes are about to be taken away.
     fn forget(&self);
 
@@ -473,7 +529,9 @@ impl<M: NodeMem> Tree<M> {
         let addr = self.locate(key)?;
         // INVARIANT: It has just been found. No node is taken away during the pass, and the
         // generation changes before any is.
-        pass.hint().note(pass.generation(), self.root, key, addr);
+        pass.hints()
+            .of(key)
+            .note(pass.generation(), self.root, key, addr);
         Ok(self.mem.node(addr))
     }
 
@@ -485,7 +543,11 @@ impl<M: NodeMem> Tree<M> {
     #[inline(always)]
     pub(crate) fn add(&self, key: Key) -> Result<bool, NoMemory> {
         let pass = self.mem.enter();
-        match pass.hint().recall(pass.generation(), self.root, key) {
+        match pass
+            .hints()
+            .of(key)
+            .recall(pass.generation(), self.root, key)
+        {
             Some(leaf) => Ok(set(self.mem.node(leaf), key)),
             None => Self::from_root(self.mem, self.root).add_elsewhere(pass, key),
         }
@@ -536,7 +598,11 @@ impl<M: NodeMem> Tree<M> {
     #[inline(always)]
     pub(crate) fn remove(&self, key: Key) -> Removal {
         let pass = self.mem.enter();
-        match pass.hint().recall(pass.generation(), self.root, key) {
+        match pass
+            .hints()
+            .of(key)
+            .recall(pass.generation(), self.root, key)
+        {
             Some(leaf) => clear(self.mem.node(leaf), key),
             None => Self::from_root(self.mem, self.root).remove_elsewhere(pass, key),
         }
@@ -590,9 +656,8 @@ impl<M: NodeMem> Tree<M> {
                 true => (last.get().wrapping_shr(shift) & (WORDS - 1)).wrapping_add(1),
                 false => WORDS,
             };
-            let found = (start..end)
-                .find_map(|i| NodeAddr::new(node.word(i).follow()).map(|addr| (i, addr)));
-            if let Some((index, addr)) = found {
+            let child = node.next_child(start).filter(|(index, _)| *index < end);
+            if let Some((index, addr)) = child {
                 if index != start {
                     key = (key.wrapping_shr(shift) & !(WORDS - 1) | index).wrapping_shl(shift);
                 }
@@ -661,11 +726,7 @@ impl<M: NodeMem> Tree<M> {
             return visitor.leaf(first, node);
         }
         let shift = level_shift(level);
-        for (index, word) in (0u64..).zip(&node.words) {
-            // Most entries are unused.
-            let Some(child) = NodeAddr::new(word.follow()) else {
-                continue;
-            };
+        for (index, child) in node.children() {
             let first = first | index.wrapping_shl(shift);
             if !self.visit_node(visitor, child, level.wrapping_sub(1), first) {
                 return false;
@@ -684,14 +745,12 @@ impl<M: NodeMem> Tree<M> {
         if level == 0 {
             return;
         }
-        for word in &node.words {
-            if let Some(addr) = NodeAddr::new(word.follow()) {
-                let child = self.mem.node(addr);
-                self.prune_node(child, level.wrapping_sub(1));
-                if child.is_empty(0) {
-                    word.store(0);
-                    self.mem.free(addr);
-                }
+        for (index, addr) in node.children() {
+            let child = self.mem.node(addr);
+            self.prune_node(child, level.wrapping_sub(1));
+            if child.next_used(0).is_none() {
+                node.word(index).store(0);
+                self.mem.free(addr);
             }
         }
     }
@@ -704,8 +763,7 @@ impl<M: NodeMem> Tree<M> {
 
     fn destroy_node(&self, addr: NodeAddr, level: u32) {
         if level > 0 {
-            let words = self.mem.node(addr).words.iter();
-            for child in words.filter_map(|word| NodeAddr::new(word.follow())) {
+            for (_, child) in self.mem.node(addr).children() {
                 self.destroy_node(child, level.wrapping_sub(1));
             }
         }

@@ -17,7 +17,7 @@ use super::kho_key::{
     Pfn, //
 };
 use super::kho_radix::{
-    Hint,
+    Hints,
     Node,
     NodeAddr,
     NodeMem,
@@ -72,7 +72,7 @@ pub(crate) fn phys<T>(virt: *mut T) -> u64 {
     unsafe { bindings::kho_glue_virt_to_phys(virt.cast()) }
 }
 
-/// The generation of tree nodes, for [`Hint`]; odd while a tree is being pruned.
+/// The generation of tree nodes, for [`Hints`]; odd while a tree is being pruned.
 ///
 /// Who is in a tree has preemption disabled and has seen an even number. That is a read-side
 /// section for RCU. So once a grace period has passed since the number became odd, whoever prunes
@@ -83,18 +83,18 @@ static GENERATION: AtomicU64 = AtomicU64::new(0);
 ///
 /// # Invariants
 ///
-/// `hint` points to this CPU's hint. `generation` is even.
+/// `hints` points to this CPU's. `generation` is even.
 pub(crate) struct Inside {
-    hint: NonNull<Hint>,
+    hints: NonNull<Hints>,
     generation: u64,
 }
 
 impl Pass for Inside {
     #[inline(always)]
-    fn hint(&self) -> &Hint {
+    fn hints(&self) -> &Hints {
         // SAFETY: By the type invariant. Trees are not used from interrupts, and nobody else runs
         // on this CPU while preemption is disabled.
-        unsafe { self.hint.as_ref() }
+        unsafe { self.hints.as_ref() }
     }
 
     #[inline(always)]
@@ -111,14 +111,14 @@ impl Drop for Inside {
     }
 }
 
-// C has room for a hint, see `kho_glue_enter()`.
+// C has room for them, see `kho_glue_enter()`.
 const _: () = {
     use core::mem::{
         align_of,
         size_of, //
     };
-    assert!(size_of::<Hint>() == size_of::<bindings::kho_glue_hint>());
-    assert!(align_of::<Hint>() <= align_of::<bindings::kho_glue_hint>());
+    assert!(size_of::<Hints>() == size_of::<bindings::kho_glue_hints>());
+    assert!(align_of::<Hints>() <= align_of::<bindings::kho_glue_hints>());
 };
 
 /// Whether free memory is the page allocator's, and no longer memblock's.
@@ -142,7 +142,7 @@ impl Direct {
     /// # Safety
     ///
     /// Every address in the tree it is used with must be that of a page which holds a node for as
-    /// long as the tree is used: either this kernel made the tree, or `kho_takeover::survey()` is
+    /// long as the tree is used: either this kernel made the tree, or `kho_takeover::chart()` is
     /// about to look at it or has found it sound.
     #[inline(always)]
     pub(crate) unsafe fn new() -> Self {
@@ -159,14 +159,14 @@ impl NodeMem for Direct {
     fn enter(&self) -> Inside {
         loop {
             // SAFETY: May be called by anyone; left below, or when what is returned is dropped.
-            let hint = unsafe { bindings::kho_glue_enter() };
+            let hints = unsafe { bindings::kho_glue_enter() };
             // Who sees the end of a prune also sees what it took out of the tree.
             let generation = GENERATION.load(Ordering::Acquire);
             if generation & 1 == 0 {
-                // INVARIANT: It is this CPU's hint, and the number is even.
+                // INVARIANT: They are this CPU's hints, and the number is even.
                 return Inside {
-                    // SAFETY: It is the address of a variable, which C has zeroed: a valid hint.
-                    hint: unsafe { NonNull::new_unchecked(hint.cast()) },
+                    // SAFETY: It is the address of a variable, which C has zeroed: valid hints.
+                    hints: unsafe { NonNull::new_unchecked(hints.cast()) },
                     generation,
                 };
             }
@@ -376,6 +376,16 @@ impl Page {
         // SAFETY: By the caller's contract there is a struct page.
         let page = unsafe { bindings::kho_glue_pfn_to_page(pfn as usize) };
         // INVARIANT: It is RAM, which is online from boot on.
+        NonNull::new(page).map(Self)
+    }
+
+    /// Returns the struct page that `page` points to; [`None`] for a null pointer.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Page::of`].
+    pub(crate) unsafe fn from_ptr(page: *mut bindings::page) -> Option<Self> {
+        // INVARIANT: By the caller's contract.
         NonNull::new(page).map(Self)
     }
 

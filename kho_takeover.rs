@@ -6,12 +6,16 @@
 //! anything is changed, and before anybody has been told of the handover:
 //!
 //! ```text
-//!  survey()   every node of the tree is in RAM, outside scratch, and met once;
-//!             no node stands for memory that does not exist
-//!  chart()    every block is in RAM, outside scratch; one bit for each preserved frame,
+//!  chart()    every node of the tree is in RAM, outside scratch, and met once;
+//!             no node stands for memory that does not exist;
+//!             every block is in RAM, outside scratch; one bit for each preserved frame,
 //!             and whether any two blocks overlap
 //!  grains()   which large blocks of memory have any of those frames
 //! ```
+//!
+//! A node is checked before it is read, and the tree is walked once. How long that takes in a
+//! broken tree is bounded: there are only as many leaves to look at as it takes to describe the RAM
+//! there is.
 //!
 //! The chart is a tree of its own whose keys are frame numbers. It costs one page for as much
 //! memory as one leaf of order 0 stands for, and makes the rest simple: ranges of several orders
@@ -117,62 +121,6 @@ fn in_room(machine: &dyn Machine, room: &mut Frames, frames: Frames) -> bool {
     true
 }
 
-/// Checks the structure of the tree and returns how many nodes it has. `seen` gets the frames of
-/// all nodes.
-///
-/// How long a walk of a broken tree takes is bounded: there are only as many leaves to look at as
-/// it takes to describe the RAM there is.
-#[link_section = ".init.text"]
-pub(crate) fn survey<M: NodeMem, S: NodeMem>(
-    tree: &Tree<M>,
-    machine: &dyn Machine,
-    seen: &Tree<S>,
-) -> Result<u64, Refusal> {
-    let mut survey = Survey {
-        machine,
-        seen,
-        nodes: 0,
-        refusal: None,
-    };
-    tree.visit(&mut survey);
-    match survey.refusal {
-        None => Ok(survey.nodes),
-        Some(refusal) => Err(refusal),
-    }
-}
-
-struct Survey<'a, S> {
-    machine: &'a dyn Machine,
-    seen: &'a Tree<S>,
-    nodes: u64,
-    refusal: Option<Refusal>,
-}
-
-impl<S: NodeMem> Visitor for Survey<'_, S> {
-    #[link_section = ".init.text"]
-    fn node(&mut self, addr: NodeAddr, first: u64, last: u64) -> bool {
-        let phys = addr.get();
-        let node = Frames::exact(phys, 1 << PAGE_SHIFT)
-            .filter(|frames| self.machine.room(frames.start()).is_some())
-            .map(|frames| Key::of_frame(frames.start()));
-        self.refusal = match node.map(|node| self.seen.add(node)) {
-            Some(Err(NoMemory)) => Some(Refusal::NoMemory),
-            None | Some(Ok(false)) => Some(Refusal::Node(phys)),
-            Some(Ok(true)) if !reaches_ram(first, last, self.machine.ram_end()) => {
-                Some(Refusal::Reach(phys))
-            }
-            Some(Ok(true)) => None,
-        };
-        self.nodes = self.nodes.wrapping_add(1);
-        self.refusal.is_none()
-    }
-
-    #[link_section = ".init.text"]
-    fn leaf(&mut self, _first: u64, _leaf: &Node) -> bool {
-        true
-    }
-}
-
 /// Returns whether any key from `first` to `last` names a block below frame `ram_end`.
 #[link_section = ".init.text"]
 fn reaches_ram(first: u64, last: u64, ram_end: u64) -> bool {
@@ -193,6 +141,8 @@ fn reaches_ram(first: u64, last: u64, ram_end: u64) -> bool {
 
 /// What [`chart`] found.
 pub(crate) struct Census {
+    /// Nodes of the tree.
+    pub(crate) nodes: u64,
     /// Blocks, by order.
     blocks: [u64; ORDERS],
     /// Frames in those blocks, each counted once.
@@ -205,6 +155,7 @@ impl Default for Census {
     #[inline]
     fn default() -> Self {
         Self {
+            nodes: 0,
             blocks: [0; ORDERS],
             frames: 0,
             overlap: None,
@@ -221,18 +172,19 @@ impl Census {
     }
 }
 
-/// Checks every preserved block against the machine, and adds the numbers of its frames to `held`.
-///
-/// [`survey`] must have found the tree sound.
+/// Checks every node and every preserved block against the machine. Adds the numbers of their
+/// frames to `nodes` and to `held`, of which `nodes` must be empty.
 #[link_section = ".init.text"]
 pub(crate) fn chart<M: NodeMem, S: NodeMem>(
     tree: &Tree<M>,
     machine: &dyn Machine,
+    nodes: &Tree<S>,
     held: &Tree<S>,
 ) -> Result<Census, Refusal> {
     let mut chart = Chart {
         tree,
         machine,
+        nodes,
         held,
         room: Frames::EMPTY,
         census: Census::default(),
@@ -248,6 +200,7 @@ pub(crate) fn chart<M: NodeMem, S: NodeMem>(
 struct Chart<'a, M, S> {
     tree: &'a Tree<M>,
     machine: &'a dyn Machine,
+    nodes: &'a Tree<S>,
     held: &'a Tree<S>,
     room: Frames,
     census: Census,
@@ -255,6 +208,23 @@ struct Chart<'a, M, S> {
 }
 
 impl<M: NodeMem, S: NodeMem> Chart<'_, M, S> {
+    /// Checks a node with room for the keys from `first` to `last`, before it is read.
+    #[link_section = ".init.text"]
+    fn meet(&mut self, addr: NodeAddr, first: u64, last: u64) -> Result<(), Refusal> {
+        let phys = addr.get();
+        let node = Frames::exact(phys, 1 << PAGE_SHIFT)
+            .filter(|frames| self.machine.room(frames.start()).is_some())
+            .map(|frames| Key::of_frame(frames.start()));
+        if !self.nodes.add(node.ok_or(Refusal::Node(phys))?)? {
+            return Err(Refusal::Node(phys));
+        }
+        if !reaches_ram(first, last, self.machine.ram_end()) {
+            return Err(Refusal::Reach(phys));
+        }
+        self.census.nodes = self.census.nodes.wrapping_add(1);
+        Ok(())
+    }
+
     /// Notes that `count` more blocks of `order` have been seen, and in them `frames` frames that
     /// had not been met before.
     #[link_section = ".init.text"]
@@ -266,7 +236,7 @@ impl<M: NodeMem, S: NodeMem> Chart<'_, M, S> {
     }
 
     /// Returns where the first block of `run` starts that lies in a larger one. Those have all
-    /// been seen: keys of larger blocks come first.
+    /// been seen, and so have the nodes on the way to them: keys of larger blocks come first.
     #[link_section = ".init.text"]
     #[inline(never)]
     fn first_claimed(&self, run: Run) -> Option<u64> {
@@ -384,8 +354,9 @@ impl<M: NodeMem, S: NodeMem> Chart<'_, M, S> {
 
 impl<M: NodeMem, S: NodeMem> Visitor for Chart<'_, M, S> {
     #[link_section = ".init.text"]
-    fn node(&mut self, _addr: NodeAddr, _first: u64, _last: u64) -> bool {
-        true
+    fn node(&mut self, addr: NodeAddr, first: u64, last: u64) -> bool {
+        self.refusal = self.meet(addr, first, last).err();
+        self.refusal.is_none()
     }
 
     #[link_section = ".init.text"]

@@ -22,19 +22,21 @@
 //! [`include/linux/kho/abi/kexec_handover.h`](srctree/include/linux/kho/abi/kexec_handover.h).
 
 use super::kho_key::{
+    Block,
     Order,
     Pfn, //
 };
-use super::kho_pages::{
-    self,
-    Step, //
-};
+use super::kho_pages;
 use super::kho_range::Frames;
 use super::kho_sys::{
     self,
+    Mark,
     Page, //
 };
-use core::ptr::NonNull;
+use core::{
+    mem::ManuallyDrop,
+    ptr::NonNull, //
+};
 use kernel::{
     bindings,
     prelude::*, //
@@ -50,8 +52,9 @@ const KHO_ALLOC: u16 = 1 << 0;
 /// `VM_ALLOW_HUGE_VMAP` in `struct kho_vmalloc`; ABI.
 const KHO_HUGE_VMAP: u16 = 1 << 1;
 
+/// Returns the frames of the block at `phys`.
 fn frames_at(phys: u64, order: Order) -> Option<Frames> {
-    Frames::new(Pfn::from_phys(phys)?, order.pages())
+    Block::new(Pfn::from_phys(phys)?, order).map(Frames::of_block)
 }
 
 /// A chunk of the list.
@@ -76,13 +79,36 @@ impl Chunk {
         })
     }
 
+    /// Returns the chunk at `phys`; [`None`] for the 0 that ends a list.
+    ///
+    /// # Safety
+    ///
+    /// There must be a chunk, unless `phys` is 0.
+    unsafe fn at(phys: u64) -> Option<Self> {
+        // INVARIANT: By the caller's contract.
+        frames_at(phys, Order::ZERO).filter(|_| phys != 0).map(Self)
+    }
+
     fn as_ptr(&self) -> *mut bindings::kho_vmalloc_chunk {
         kho_sys::virt(self.0.phys())
+    }
+
+    /// Returns the address of the next chunk.
+    fn next(&self) -> u64 {
+        // SAFETY: By the type invariant; the address is the only thing ever in there.
+        unsafe { (*self.as_ptr()).hdr.next.phys }
     }
 
     fn set_next(&self, next: Self) {
         // SAFETY: By the type invariant.
         unsafe { (*self.as_ptr()).hdr.next.phys = next.0.phys() };
+    }
+
+    /// Returns the addresses in the chunk.
+    fn entries(&self) -> impl Iterator<Item = u64> + '_ {
+        // SAFETY: By the type invariant. Nothing changes a chunk that is in a list.
+        let entries = unsafe { &(*self.as_ptr()).phys };
+        entries.iter().copied().take_while(|phys| *phys != 0)
     }
 
     /// Writes the entry at `index`; returns whether there is room for it.
@@ -97,114 +123,17 @@ impl Chunk {
             None => false,
         }
     }
-}
 
-/// What [`each`] does with the memory that a list names, and with its chunks.
-#[derive(Clone, Copy)]
-enum Do {
-    /// Takes a step on the way to being restored; after [`Step::Take`], frees the chunks.
-    Restore(Step),
-    /// Writes the struct pages of the area to an array.
-    List(NonNull<*mut bindings::page>),
-    /// Undoes its preservation, and frees the chunks.
-    Unpreserve,
-}
-
-/// Does something with the parts of a list, a chunk or one of its entries each, until that fails.
-/// Returns how many parts it was done with, and how many pages of the area there are if it never
-/// failed.
-///
-/// Of two limits one depends on what is done: no more than `limit` pages pass [`Step::Check`], and
-/// [`Step::Unclaim`] ends after `limit` parts.
-///
-/// # Safety
-///
-/// All that the list names must be chunks and memory, to which that may be done; with
-/// [`Step::Check`] there need only be RAM in what is preserved. An array must have an entry for
-/// each page.
-unsafe fn each(what: Do, first: u64, order: Order, limit: u64) -> (u64, Option<u64>) {
-    let is = |step| matches!(what, Do::Restore(it) if it == step);
-    let ends = is(Step::Take) || matches!(what, Do::Unpreserve);
-    let mut parts = 0u64;
-    let mut pages = 0u64;
-    let mut next = first;
-    while next != 0 {
-        // Every chunk but the last one has pages: a list that never ends is found out.
-        if is(Step::Check) && parts > pages.saturating_mul(2) {
-            return (parts, None);
-        }
-        let Some(chunk) = frames_at(next, Order::ZERO) else {
-            return (parts, None);
-        };
-        if let Do::Restore(step) = what {
-            if step != Step::Take && !kho_pages::all(chunk, step) {
-                return (parts, None);
-            }
-        }
-        parts = parts.wrapping_add(1);
-
-        // INVARIANT: By the caller's contract.
-        let at = Chunk(chunk).as_ptr();
-        // SAFETY: By the type invariant. Nothing changes a chunk that is in a list, and the
-        // reference is not used after it is given away.
-        let (entries, link) = unsafe { (&(*at).phys, (*at).hdr.next.phys) };
-        for phys in entries {
-            if *phys == 0 || is(Step::Unclaim) && parts >= limit {
-                break;
-            }
-            let Some(frames) = frames_at(*phys, order) else {
-                return (parts, None);
-            };
-            let before = pages;
-            pages = pages.wrapping_add(frames.count());
-            if is(Step::Check) && pages > limit {
-                return (parts, None);
-            }
-            let done = match what {
-                Do::Restore(step) => kho_pages::all(frames, step),
-                // SAFETY: By the caller's contract the array is long enough.
-                Do::List(array) => unsafe { list(array.add(before as usize), frames) },
-                Do::Unpreserve => {
-                    kho_pages::unpreserve_frames(frames);
-                    true
-                }
-            };
-            if !done {
-                return (parts, None);
-            }
-            parts = parts.wrapping_add(1);
-        }
-        if is(Step::Unclaim) && parts >= limit {
-            break;
-        }
-        if ends {
-            if is(Step::Take) {
-                kho_pages::all(chunk, Step::Take);
-            } else {
-                kho_pages::unpreserve_frames(chunk);
-            }
-            // SAFETY: It is an allocated page now, and by the caller's contract nobody else's.
-            unsafe { kho_sys::free_page(chunk.phys()) };
-        }
-        next = link;
-    }
-    (parts, Some(pages))
-}
-
-/// Writes the struct pages of `frames` to `array`; returns whether there are any.
-///
-/// # Safety
-///
-/// `array` must have room for them.
-unsafe fn list(array: NonNull<*mut bindings::page>, frames: Frames) -> bool {
-    for i in 0..frames.count() {
-        let Some(page) = Page::online(frames.start().wrapping_add(i)) else {
-            return false;
-        };
+    /// Frees the chunk.
+    ///
+    /// # Safety
+    ///
+    /// The caller must have the only reference to the page, and no copy of `self` may be used any
+    /// more.
+    unsafe fn free(self) {
         // SAFETY: By the caller's contract.
-        unsafe { array.add(i as usize).write(page.as_ptr()) };
+        unsafe { kho_sys::free_page(self.0.phys()) };
     }
-    true
 }
 
 /// Preserves the area that starts at `ptr`, all of it or nothing, and returns what describes it.
@@ -227,7 +156,7 @@ pub(crate) fn preserve(ptr: *mut c_void) -> Result<bindings::kho_vmalloc> {
     let first = Chunk::new()?;
     if let Err(error) = fill(first, area, order) {
         // SAFETY: `fill()` leaves a list of all that it preserved.
-        unsafe { each(Do::Unpreserve, first.0.phys(), order, u64::MAX) };
+        unsafe { unpreserve_list(first.0.phys(), order) };
         return Err(error);
     }
 
@@ -279,78 +208,174 @@ fn fill(first: Chunk, area: &bindings::vm_struct, order: Order) -> Result {
 pub(crate) unsafe fn unpreserve(preservation: &bindings::kho_vmalloc) {
     if let Some(order) = Order::new(preservation.order.into()) {
         // SAFETY: By the caller's contract; the address is the only thing ever in there.
-        unsafe { each(Do::Unpreserve, preservation.first.phys, order, u64::MAX) };
+        unsafe { unpreserve_list(preservation.first.phys, order) };
+    }
+}
+
+/// Undoes the preservation of all that a list names, and of its chunks, which are freed.
+///
+/// # Safety
+///
+/// The list must be one that this kernel made, and not be used after this.
+unsafe fn unpreserve_list(first: u64, order: Order) {
+    let mut next = first;
+    // SAFETY: By the caller's contract.
+    while let Some(chunk) = unsafe { Chunk::at(next) } {
+        for frames in chunk.entries().filter_map(|phys| frames_at(phys, order)) {
+            kho_pages::unpreserve_frames(frames);
+        }
+        kho_pages::unpreserve_frames(chunk.0);
+        next = chunk.next();
+        // SAFETY: By the caller's contract.
+        unsafe { chunk.free() };
+    }
+}
+
+/// A list of which all that has been met is claimed. Dropped, it is as it was before.
+///
+/// # Invariants
+///
+/// `chunks` chunks from `first` on are claimed, and so are the blocks that make up the first
+/// `count` pages of `pages`, an array of `room` entries.
+struct Claimed {
+    first: u64,
+    chunks: u64,
+    pages: NonNull<*mut bindings::page>,
+    room: usize,
+    count: usize,
+}
+
+impl Claimed {
+    /// Claims the list that starts at `first`, whose entries are of `order`, one of the page
+    /// allocator's, and have `total` pages.
+    fn new(first: u64, order: Order, total: u64) -> Option<Self> {
+        // SAFETY: A number.
+        let limit = unsafe { bindings::max_pfn } as u64;
+        // Memory for the array is not asked for if there cannot be as many pages.
+        let room = Some(total).filter(|total| (1..=limit).contains(total))? as usize;
+        // SAFETY: Takes any number.
+        let pages = NonNull::new(unsafe { bindings::kho_glue_alloc_pages_array(room) })?;
+        // INVARIANT: Nothing is claimed yet.
+        let mut claimed = Self {
+            first,
+            chunks: 0,
+            pages,
+            room,
+            count: 0,
+        };
+        let mut next = first;
+        while next != 0 {
+            // No chunk can be claimed twice: a list that never ends is found out here.
+            let frames = frames_at(next, Order::ZERO).filter(|it| kho_pages::claim(*it))?;
+            // INVARIANT: What was preserved is RAM, and nobody else has it now. What is in it is
+            // not relied on.
+            let chunk = Chunk(frames);
+            claimed.chunks = claimed.chunks.wrapping_add(1);
+            for phys in chunk.entries() {
+                claimed.add(frames_at(phys, order)?)?;
+            }
+            next = chunk.next();
+        }
+        (claimed.count == room).then_some(claimed)
+    }
+
+    /// Claims `frames`, and lists them.
+    fn add(&mut self, frames: Frames) -> Option<()> {
+        let pages = frames.count() as usize;
+        if pages > self.room.wrapping_sub(self.count) || !kho_pages::claim(frames) {
+            return None;
+        }
+        // SAFETY: What was preserved is RAM.
+        let first = unsafe { Page::of(frames.start()) }?;
+        for i in 0..pages {
+            // SAFETY: The array has room for them, and they are one block of the page allocator's.
+            unsafe {
+                let entry = self.pages.add(self.count.wrapping_add(i));
+                entry.write(first.nth(i).as_ptr());
+            }
+        }
+        self.count = self.count.wrapping_add(pages);
+        Some(())
+    }
+
+    /// Calls `each` with the blocks that are claimed, chunks excepted.
+    fn blocks(&self, each: impl Fn(Page, Order)) {
+        let mut i = 0usize;
+        while i < self.count {
+            // SAFETY: By the type invariant there is an entry, of a page that was preserved.
+            let page = unsafe { Page::from_ptr(self.pages.add(i).read()) };
+            // By the type invariant, this never ends early.
+            let Some((page, order)) = page.and_then(|it| Some((it, it.order(Mark::Claimed)?)))
+            else {
+                break;
+            };
+            each(page, order);
+            i = i.wrapping_add(order.pages() as usize);
+        }
+    }
+
+    /// Calls `each` with the chunks, which are not used after that.
+    fn chunks(&self, each: impl Fn(Chunk)) {
+        let mut next = self.first;
+        for _ in 0..self.chunks {
+            // SAFETY: By the type invariant.
+            let Some(chunk) = (unsafe { Chunk::at(next) }) else {
+                break;
+            };
+            next = chunk.next();
+            each(chunk);
+        }
+    }
+
+    /// Makes all of it allocated pages and frees the chunks. Returns the array, which is the
+    /// caller's to free.
+    fn take(self) -> NonNull<*mut bindings::page> {
+        self.blocks(Page::into_pages);
+        self.chunks(|chunk| {
+            kho_pages::take(chunk.0);
+            // SAFETY: It was claimed, and nobody else's.
+            unsafe { chunk.free() };
+        });
+        ManuallyDrop::new(self).pages
+    }
+}
+
+impl Drop for Claimed {
+    fn drop(&mut self) {
+        self.blocks(|page, order| {
+            page.turn(Mark::Claimed, Mark::Preserved, order);
+        });
+        self.chunks(|chunk| kho_pages::unclaim(chunk.0));
+        // SAFETY: Allocated like that, and not used any more.
+        unsafe { bindings::kvfree(self.pages.as_ptr().cast()) };
     }
 }
 
 /// Makes an area of preserved memory and returns its address, or changes nothing.
-///
-/// All that can fail is done before any memory is claimed.
 pub(crate) fn restore(preservation: &bindings::kho_vmalloc) -> Option<*mut c_void> {
-    // An order that no area has gives blocks that are not preserved, or too many pages.
-    let order = Order::new(preservation.order.into()).unwrap_or(Order::MAX);
-    let total = u64::from(preservation.total_pages);
+    // No area has pages larger than those of the page allocator.
+    let order = Order::new(preservation.order.into())
+        .filter(|order| order.get() <= bindings::KHO_MAX_PAGE_ORDER);
     // SAFETY: The address is the only thing that is ever in there.
     let first = unsafe { preservation.first.phys };
-    // SAFETY: What is preserved is RAM, and nobody has restored it; what is in it is not relied on.
-    if total == 0 || unsafe { each(Do::Restore(Step::Check), first, order, total) }.1 != Some(total)
-    {
+    let total = preservation.total_pages.into();
+    let claimed = order.and_then(|order| Claimed::new(first, order, total));
+    let Some((order, claimed)) = order.zip(claimed) else {
         kho_sys::complain("a vmalloc area is not preserved whole", first);
         return None;
-    }
+    };
     // Flags that are not known say nothing about the memory.
     let is_alloc = preservation.flags & KHO_ALLOC != 0;
     let mut flags = if is_alloc { ALLOC } else { 0 };
     if preservation.flags & KHO_HUGE_VMAP != 0 {
         flags |= HUGE_VMAP;
     }
-
-    let pages = total as usize;
-    // SAFETY: Takes any number; the result is freed below, or by whoever frees the area.
-    let array = NonNull::new(unsafe { bindings::kho_glue_alloc_pages_array(pages) })?;
-    let mut area = core::ptr::null_mut();
-    // SAFETY: All of the list has been checked, and the array has an entry for each page.
-    let restored = unsafe {
-        each(Do::List(array), first, order, total).1.is_some()
-            && {
-                area = bindings::kho_glue_vmap(array.as_ptr(), pages, order.get(), flags);
-                !area.is_null()
-            }
-            && claim(first, order)
-    };
-    // SAFETY: As above, and all of it is claimed; or the area, which nobody has been shown, and the
-    // array are not used any more.
+    let (pages, count) = (claimed.pages.as_ptr(), claimed.count);
+    // SAFETY: The array has that many pages. They and the array stay with the area.
     unsafe {
-        if !restored {
-            if !area.is_null() {
-                bindings::free_vm_area(area);
-            }
-            bindings::kvfree(array.as_ptr().cast());
-            return None;
-        }
-        each(Do::Restore(Step::Take), first, order, total);
-        Some(bindings::kho_glue_vmap_done(
-            area,
-            array.as_ptr(),
-            pages,
-            is_alloc,
-        ))
-    }
-}
-
-/// Claims all parts of a list, or nothing.
-///
-/// # Safety
-///
-/// The list must have been checked.
-unsafe fn claim(first: u64, order: Order) -> bool {
-    // SAFETY: By the caller's contract.
-    unsafe {
-        let (claimed, all) = each(Do::Restore(Step::Claim), first, order, u64::MAX);
-        if all.is_none() && claimed > 0 {
-            // Somebody else restores part of it at the same time.
-            each(Do::Restore(Step::Unclaim), first, order, claimed);
-        }
-        all.is_some()
+        let area = bindings::kho_glue_vmap(pages, count, order.get(), flags);
+        let area = NonNull::new(area)?.as_ptr();
+        let pages = claimed.take().as_ptr();
+        Some(bindings::kho_glue_vmap_done(area, pages, count, is_alloc))
     }
 }

@@ -117,8 +117,6 @@ pub(crate) struct Takeover {
     /// The tree that was handed over.
     tree: Tree<Direct>,
     pub(crate) census: Census,
-    /// How many nodes it has.
-    pub(crate) node_count: u64,
     /// Ranges of preserved memory.
     pub(crate) ranges: u64,
     /// Frames of the tree's nodes that are nothing else.
@@ -225,10 +223,9 @@ impl Takeover {
     #[link_section = ".init.text"]
     pub(crate) fn read(root: NodeAddr, fdt: Pfn) -> Result<Self, Refusal> {
         let mut takeover = Self {
-            // SAFETY: It is surveyed before anything else.
+            // SAFETY: It is charted before anything else.
             tree: Tree::from_root(unsafe { Direct::new() }, root),
             census: Census::default(),
-            node_count: 0,
             ranges: 0,
             nodes: new_set()?,
             held: new_set()?,
@@ -248,8 +245,7 @@ impl Takeover {
     #[link_section = ".init.text"]
     fn chart(&mut self, fdt: Pfn) -> Result<(), Refusal> {
         let machine = Memblock;
-        self.node_count = kho_takeover::survey(&self.tree, &machine, &self.nodes)?;
-        self.census = kho_takeover::chart(&self.tree, &machine, &self.held)?;
+        self.census = kho_takeover::chart(&self.tree, &machine, &self.nodes, &self.held)?;
         if !self.held.contains(Key::of_frame(fdt.get())) {
             return Err(Refusal::Fdt(fdt.phys()));
         }

@@ -33,7 +33,7 @@ use kho_key::{
     Pfn, //
 };
 use kho_radix::{
-    Hint,
+    Hints,
     Node,
     NodeAddr,
     NodeMem,
@@ -122,22 +122,22 @@ impl Drop for Arena {
     }
 }
 
-/// The arena as one CPU uses it: with a hint of its own.
+/// The arena as one CPU uses it: with hints of its own.
 #[derive(Clone, Copy)]
 struct Cpu<'a> {
     arena: &'a Arena,
-    hint: &'a Hint,
+    hints: &'a Hints,
 }
 
 struct In<'a> {
-    hint: &'a Hint,
+    hints: &'a Hints,
     generation: u64,
 }
 
 impl Pass for In<'_> {
     #[inline(always)]
-    fn hint(&self) -> &Hint {
-        self.hint
+    fn hints(&self) -> &Hints {
+        self.hints
     }
 
     #[inline(always)]
@@ -155,7 +155,7 @@ impl NodeMem for Cpu<'_> {
     #[inline(always)]
     fn enter(&self) -> In<'_> {
         In {
-            hint: self.hint,
+            hints: self.hints,
             generation: self.arena.generation.load(Ordering::Acquire),
         }
     }
@@ -321,8 +321,11 @@ struct Line {
 
 /// Times of one tree in one thread: first add, add, remove.
 fn change<S: Set>(arena: &Arena, set: S, keys: &[Key]) -> [Duration; 3] {
-    let hint = Hint::default();
-    let cpu = Cpu { arena, hint: &hint };
+    let hints = Hints::default();
+    let cpu = Cpu {
+        arena,
+        hints: &hints,
+    };
     let all = |change: fn(S, Cpu<'_>, Key)| keys.iter().for_each(|key| change(set, cpu, *key));
     let first = timed(|| all(S::add));
     all(S::remove);
@@ -358,10 +361,10 @@ fn single(pattern: &'static str, keys: &[Key], repeat: u32) -> Vec<Line> {
         let arena = Arena::new(nodes_for(keys));
         let root = NodeAddr::new(arena.take().unwrap()).unwrap();
         let times = change(&arena, Ours(root), keys);
-        let hint = Hint::default();
+        let hints = Hints::default();
         let cpu = Cpu {
             arena: &arena,
-            hint: &hint,
+            hints: &hints,
         };
         let tree = Tree::from_root(cpu, root);
         let contains = timed(|| assert!(keys.iter().all(|key| tree.contains(*key))));
@@ -376,16 +379,19 @@ fn single(pattern: &'static str, keys: &[Key], repeat: u32) -> Vec<Line> {
                 .sum();
             assert_eq!(count, keys.len() as u64);
         });
-        let memory = Arena::new(nodes_for(keys) + 1024);
-        let seen_hint = Hint::default();
-        let seen = Tree::new(Cpu {
+        let memory = Arena::new(2 * nodes_for(keys) + 1024);
+        let set_hints = Hints::default();
+        let cpu = Cpu {
             arena: &memory,
-            hint: &seen_hint,
+            hints: &set_hints,
+        };
+        let chart = timed(|| {
+            let [nodes, held] = [(); 2].map(|_| Tree::new(cpu).unwrap());
+            let census = kho_takeover::chart(&tree, &Machine, &nodes, &held).unwrap();
+            assert_eq!(census.frames, keys.len() as u64);
         });
-        let survey =
-            timed(|| kho_takeover::survey(&tree, &Machine, seen.as_ref().unwrap()).unwrap());
         keep(&mut ours[..3], &times);
-        keep(&mut ours[3..], &[contains, visit, runs, survey]);
+        keep(&mut ours[3..], &[contains, visit, runs, chart]);
     }
     let works = [
         "first add",
@@ -394,7 +400,7 @@ fn single(pattern: &'static str, keys: &[Key], repeat: u32) -> Vec<Line> {
         "contains",
         "visit",
         "runs",
-        "survey",
+        "chart",
     ];
     let per_key = |time: Duration| time.as_nanos() as f64 / keys.len() as f64;
     let line = |(i, work)| Line {
@@ -426,10 +432,10 @@ fn scale<S: Set>(threads: u64, keys: u64, make: impl Fn(&Arena) -> S, repeat: u3
     };
     // Returns when each round began and ended. Rounds are short, so that some have all cores.
     let work = |keys: &[Key]| -> Vec<(Instant, Instant)> {
-        let hint = Hint::default();
+        let hints = Hints::default();
         let cpu = Cpu {
             arena: &arena,
-            hint: &hint,
+            hints: &hints,
         };
         // The nodes are there when time starts to run.
         keys.iter().for_each(|key| set.add(cpu, *key));

@@ -12,7 +12,6 @@ use super::super::kho_takeover::{
     chart,
     fill,
     is_claimed,
-    survey,
     Census,
     Refusal, //
 };
@@ -49,6 +48,16 @@ fn set_mem() -> Mem {
     Mem::at(1 << 50, 2048)
 }
 
+/// Charts a tree, with memory of its own for the frames of nodes.
+fn chart_in(
+    tree: &Tree<&Mem>,
+    machine: &Fake,
+    held: &Tree<&Mem>,
+) -> Result<Census, Refusal> {
+    let memory = set_mem();
+    chart(tree, machine, &Tree::new(&memory).unwrap(), held)
+}
+
 /// A range that may be empty.
 fn frames_of(start: u64, count: u64) -> Frames {
     Frames::new(Pfn::new(start).unwrap(), count).unwrap()
@@ -83,12 +92,10 @@ fn chart_on(machine: &Fake, blocks: &[(u64, u32)]) {
         abi::add(&mem, root, lonely);
         tree.remove(key(lonely));
     }
-    let scratch = set_mem();
-    assert!(survey(&tree, machine, &Tree::new(&scratch).unwrap()).is_ok());
     let before = dump(&mem, root);
     let memory = set_mem();
     let held = Tree::new(&memory).unwrap();
-    let census = chart(&tree, machine, &held).unwrap();
+    let census = chart_in(&tree, machine, &held).unwrap();
     assert!(dump(&mem, root) == before, "the tree was changed");
 
     // Each frame is there once, in no more nodes than that takes.
@@ -226,7 +233,7 @@ fn result_of(machine: &Fake, mem: &Mem, root: u64) -> Result<u64, Refusal> {
     let memory = set_mem();
     let held = Tree::new(&memory).unwrap();
     let before = dump(mem, root);
-    let result = chart(&tree_at(mem, root), machine, &held).map(|census| census.frames);
+    let result = chart_in(&tree_at(mem, root), machine, &held).map(|census| census.frames);
     assert!(dump(mem, root) == before, "the tree was changed");
     held.destroy();
     assert_eq!(memory.live(), 0);
@@ -268,18 +275,18 @@ fn edges_of_memory() {
         let machine = Fake::new();
         let mem = node_mem();
         let root = handed_over(&mem, &[(pfn, of), (0x500, 0), (0x3_5000, 3)]);
-        let mut result = result_of(&machine, &mem, root);
-        if good {
-            assert_eq!(result, Ok(9 + (1 << of)), "{pfn:#x}, order {of}");
-        } else {
+        let pages = 1u64 << of;
+        match result_of(&machine, &mem, root) {
+            Ok(frames) => assert!(good && frames == 9 + pages, "{pfn:#x}, order {of}"),
             // The range that is refused is the block, or the first frame of it that is bad.
-            if let Err(Refusal::Range(range)) = result {
-                let pages = 1u64 << of;
+            Err(Refusal::Range(range)) => {
+                assert!(!good, "{pfn:#x}, order {of}");
                 assert!(pfn <= range.start() && range.end() <= pfn + pages);
                 assert!(range.count() == pages || !machine.has(range.start()));
-                result = Err(Refusal::NoMemory);
             }
-            assert_eq!(result, Err(Refusal::NoMemory), "{pfn:#x}, order {of}");
+            // No block of its leaf is in RAM.
+            Err(Refusal::Reach(_)) => assert!(pfn + pages > RAM.1, "{pfn:#x}, order {of}"),
+            Err(refusal) => panic!("{refusal:?} for {pfn:#x}, order {of}"),
         }
     }
     // Of blocks that touch, only one is bad.
@@ -381,16 +388,17 @@ fn orders_that_share_a_leaf() {
             (phys, abi::encode(phys, of)),
             (last, abi::encode(last, of)),
         ] {
-            // Below this block lies the end of RAM. The key after its key may be of an order less.
+            // The last frame of this block is no RAM. The key after its key may be of an order
+            // less.
             let (start, pages) = (start >> PAGE_SHIFT, 1 << of);
-            machine.ram.1 = (start + pages - 1).min(8 << first_shared);
+            machine.outside = vec![(start + pages - 1, start + pages)];
             let (mem, root) = new_tree(&[key, key + 1]);
             let refused = Refusal::Range(frames_of(start, pages));
             assert_eq!(result_of(&machine, &mem, root), Err(refused), "{key:#x}");
         }
     }
     // All that there is room for is found sound, and takes more memory than there is.
-    machine.ram.1 = 8 << first_shared;
+    machine.outside.clear();
     let keys: Vec<u64> = [(1, 0), (2, 0), (3, 0), (4, 2)]
         .into_iter()
         .map(|(number, above)| {
@@ -400,11 +408,9 @@ fn orders_that_share_a_leaf() {
         .collect();
     let (mem, root) = new_tree(&keys);
     let memory = set_mem();
-    let seen = Tree::new(&memory).unwrap();
-    assert!(survey(&tree_at(&mem, root), &machine, &seen).is_ok());
-    let memory = Mem::at(1 << 50, 16);
-    let held = Tree::new(&memory).unwrap();
-    let result = chart(&tree_at(&mem, root), &machine, &held);
+    let little = Mem::at(1 << 50, 16);
+    let [nodes, held] = [&memory, &little].map(|mem| Tree::new(mem).unwrap());
+    let result = chart(&tree_at(&mem, root), &machine, &nodes, &held);
     assert_eq!(result.map(|_| ()), Err(Refusal::NoMemory));
     // Key 0 names no block.
     let (mem, root) = new_tree(&[0]);
@@ -430,7 +436,7 @@ fn without_memory() {
             let memory = set_mem();
             let held = Tree::new(&memory).unwrap();
             memory.budget.store(budget as i64, SeqCst);
-            let result = chart(&tree, &machine, &held).map(|census| census.frames);
+            let result = chart_in(&tree, &machine, &held).map(|census| census.frames);
             let expected = match budget < needed {
                 true => Err(Refusal::NoMemory),
                 false => Ok(frames.len() as u64),
@@ -454,12 +460,12 @@ fn cost(blocks: &[(u64, u32)]) -> (u64, u64, u64) {
     let held = Tree::new(&memory).unwrap();
     let machine = Fake::new();
     let before = (mem.steps.load(SeqCst), memory.steps.load(SeqCst));
-    let census = chart(&tree_at(&mem, root), &machine, &held).unwrap();
+    let census = chart_in(&tree_at(&mem, root), &machine, &held).unwrap();
     assert_eq!(census.frames, blocks.iter().map(|(_, of)| 1 << of).sum());
     (
         mem.steps.load(SeqCst) - before.0,
         memory.steps.load(SeqCst) - before.1,
-        machine.asked.get(),
+        machine.asked.get() - census.nodes,
     )
 }
 

@@ -23,7 +23,7 @@ use super::kho_key::{
     Pfn, //
 };
 use super::kho_radix::{
-    Hint,
+    Hints,
     Node,
     NodeAddr,
     NodeMem,
@@ -391,7 +391,7 @@ thread_local! {
     /// What runs on this thread now: its own work, or that of a script.
     static CPU: Cell<usize> = const { Cell::new(0) };
     /// The hints of both.
-    static HINTS: &'static [Hint; 2] = Box::leak(Box::default());
+    static HINTS: &'static [Hints; 2] = Box::leak(Box::default());
 }
 
 /// Says when somebody leaves the tree.
@@ -401,7 +401,7 @@ struct Pass<'a> {
 }
 
 impl super::kho_radix::Pass for Pass<'_> {
-    fn hint(&self) -> &Hint {
+    fn hints(&self) -> &Hints {
         HINTS.with(|hints| &hints[CPU.with(Cell::get)])
     }
 

@@ -696,6 +696,30 @@ fn neighbours_need_no_descent() {
     assert_eq!(abi::walk(&mem, tree.root().get()).1, [base, last]);
 }
 
+/// Orders in turns, as in a range that is cut into blocks.
+#[test]
+fn orders_have_hints_of_their_own() {
+    let mem = Mem::new();
+    let tree = Tree::new(&mem).unwrap();
+    let keys = |start: u64| (0..16).map(move |of| key(abi::encode(start << of << PAGE_SHIFT, of)));
+    keys(1).for_each(|key| assert_eq!(tree.add(key), Ok(true)));
+    // A leaf that was made is found from the second time on.
+    keys(1).for_each(|key| assert_eq!(tree.add(key), Ok(false)));
+    for key in keys(2).chain(keys(3)) {
+        assert_eq!(steps(&mem, || tree.add(key)), (1, Ok(true)));
+    }
+    for key in keys(3).chain(keys(1)) {
+        assert_eq!(steps(&mem, || tree.remove(key)), (1, Removal::Removed));
+    }
+    // What shares a hint is not mistaken for each other.
+    let other = key(abi::encode(2 << 17 << PAGE_SHIFT, 17));
+    assert_eq!(tree.add(other), Ok(true));
+    assert_eq!(tree.add(other), Ok(false));
+    assert!(keys(2).all(|key| tree.add(key) == Ok(false)));
+    assert_eq!(tree.remove(other), Removal::Emptied);
+    assert_eq!(keys_between(&tree, ALL).len(), 16);
+}
+
 /// The same keys in two trees of one memory.
 #[test]
 fn hint_of_another_tree() {
