@@ -6,7 +6,10 @@
  *   kho_bench=adjacent,ORDER,COUNT   folios, next to each other as the page
  *                                    allocator gives them
  *   kho_bench=scattered,ORDER,COUNT  every second one of twice as many
- *   kho_bench=range,0,PAGES          contiguous pages
+ *   kho_bench=sparse,0,COUNT         the first page of every second one of the
+ *                                    page allocator's largest blocks
+ *   kho_bench=range,SKIP,PAGES       contiguous pages, that many after an
+ *                                    aligned one
  *   kho_bench=vmalloc,ORDER,PAGES    an area, of huge pages unless ORDER is 0
  *
  * ORDER is a number, or "mixed".  With kho_bench_peer as well, the scheme that
@@ -44,12 +47,13 @@
 #define BENCH_MIXED	UINT_MAX
 #define BENCH_ROUNDS	3
 
-enum bench_kind { COLD, ADJACENT, SCATTERED, RANGE, VMALLOC };
+enum bench_kind { COLD, ADJACENT, SCATTERED, SPARSE, RANGE, VMALLOC };
 
 static const char * const kind_names[] = {
 	[COLD] = "cold",
 	[ADJACENT] = "adjacent",
 	[SCATTERED] = "scattered",
+	[SPARSE] = "sparse",
 	[RANGE] = "range",
 	[VMALLOC] = "vmalloc",
 };
@@ -181,9 +185,35 @@ static void __init scatter_folios(void)
 	}
 }
 
+/* Keeps the first page of every second block, in order of address. */
+static void __init thin_out(void)
+{
+	for (unsigned long i = 0; i < 2 * count; i++) {
+		struct page *page = folio_page(folios[i], 0);
+
+		if (i % 2) {
+			__free_pages(page, MAX_PAGE_ORDER);
+			continue;
+		}
+		split_page(page, MAX_PAGE_ORDER);
+		for (unsigned long j = 1; j < MAX_ORDER_NR_PAGES; j++)
+			__free_page(page + j);
+		folios[i / 2] = page_folio(page);
+	}
+}
+
+static struct folio *__init alloc_one(unsigned long index)
+{
+	if (kind != SPARSE)
+		return folio_alloc(GFP_KERNEL | __GFP_NOWARN, order_of(index));
+	/* Not a folio until it has been split. */
+	return (struct folio *)alloc_pages(GFP_KERNEL | __GFP_NOWARN, MAX_PAGE_ORDER);
+}
+
 static int __init alloc_folios(void)
 {
-	unsigned long number = kind == SCATTERED ? 2 * count : count;
+	bool pairs = kind == SCATTERED || kind == SPARSE;
+	unsigned long number = pairs ? 2 * count : count;
 	unsigned long runs = 0, end = 0;
 
 	folios = vmalloc_array(number, sizeof(*folios));
@@ -191,9 +221,7 @@ static int __init alloc_folios(void)
 		return -ENOMEM;
 	for (unsigned long i = 0; i < number; i++) {
 		/* A pair has one order. */
-		unsigned long index = kind == SCATTERED ? i / 2 : i;
-
-		folios[i] = folio_alloc(GFP_KERNEL | __GFP_NOWARN, order_of(index));
+		folios[i] = alloc_one(pairs ? i / 2 : i);
 		if (!folios[i])
 			return -ENOMEM;
 		cond_resched();
@@ -201,6 +229,8 @@ static int __init alloc_folios(void)
 	sort(folios, number, sizeof(*folios), by_address, NULL);
 	if (kind == SCATTERED)
 		scatter_folios();
+	if (kind == SPARSE)
+		thin_out();
 
 	for (unsigned long i = 0; i < count; i++) {
 		unsigned long pfn = folio_pfn(folios[i]);
@@ -215,9 +245,10 @@ static int __init alloc_folios(void)
 
 static int __init alloc_range(void)
 {
-	range = alloc_contig_pages(count, GFP_KERNEL, first_memory_node, NULL);
+	range = alloc_contig_pages(order + count, GFP_KERNEL, first_memory_node, NULL);
 	if (!range)
 		return -ENOMEM;
+	range += order;
 	for (unsigned long i = 0; i < count; i++)
 		mark(page_address(range + i), i);
 	return 0;

@@ -51,7 +51,9 @@ WORKLOADS = {
     "scattered-9": ("scattered", "9", (50, 200), "2G"),
     "adjacent-9": ("adjacent", "9", (100, 300), "2G"),
     "scattered-mixed": ("scattered", "mixed", (1_000, 20_000), "2G"),
+    "sparse": ("sparse", "0", (200, 1_000, 1_200), "12G"),
     "range": ("range", "0", (262_144,), "4G"),
+    "range-odd": ("range", "1", (262_142,), "4G"),
     "vmalloc": ("vmalloc", "0", (262_144,), "4G"),
     "vmalloc-huge": ("vmalloc", "9", (262_144,), "4G"),
     "memfd": ("memfd", "0", (262_144,), "4G"),
@@ -317,9 +319,9 @@ def rows(results, variant):
             count = case[2]
             words = {"range": "pages of a range", "vmalloc": "pages of vmalloc",
                      "memfd": "pages of a memfd"}.get(kind, f"{kind} of order {order}")
-            huge = ", huge" if kind in ("vmalloc", "memfd") and order == "9" else ""
-            name = f"{count} {words}{huge}, {case[3]}"
-            unit, number_of = ("per folio", count) if kind in ("adjacent", "scattered") else ("in all", 1)
+            more = {("vmalloc", "9"): ", huge", ("memfd", "9"): ", huge", ("range", "1"): ", not aligned"}
+            name = f"{count} {words}{more.get((kind, order), '')}, {case[3]}"
+            unit, number_of = ("per folio", count) if kind in ("adjacent", "scattered", "sparse") else ("in all", 1)
             for title, what in BOOT_COSTS:
                 c = results.over_small(variant, "c", case, what)
                 rust = results.over_small(variant, "rust", case, what)
