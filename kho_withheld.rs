@@ -67,6 +67,7 @@ use super::kho_takeover::{
     self,
     Census,
     Gaps,
+    Machine,
     Refusal, //
 };
 use super::PAGE_SHIFT;
@@ -91,15 +92,19 @@ const GRAIN: Order = match Order::new(bindings::KHO_MAX_PAGE_ORDER) {
 };
 const _: () = assert!(GRAIN.get() > 0);
 
-/// The most regions that memblock is told of. What they cost grows with the square of it: 1024 are
-/// some 30 million instructions.
-const MOST_REGIONS: usize = 1024;
+/// The most regions that memblock is told of. What they cost grows with the square of it: 256 are
+/// some 2 million instructions, 1024 were 25. If there are fewer, more memory is given back late.
+const MOST_REGIONS: usize = 256;
 
 /// Frames that must be free once memblock has gone, without counting on what is given back late:
-/// 128 MiB, as much as deferred initialisation counts on ...
+/// 128 MiB, as much as deferred initialisation counts on, or one in [`FLOOR_SHARE`] ...
 const FLOOR: u64 = (128 << 20) >> PAGE_SHIFT;
 
-/// ... and how many of them right away, before more struct pages are initialised: 8 MiB.
+/// ... where that is more. With several nodes, the tables of `alloc_large_system_hash()` take up to
+/// one byte in 680 from the page allocator until then, and are smaller for good without.
+const FLOOR_SHARE: u64 = 256;
+
+/// How many of them must be free right away, before more struct pages are initialised: 8 MiB.
 const FLOOR_NOW: u64 = (8 << 20) >> PAGE_SHIFT;
 
 /// A set of numbers, of frames or grains.
@@ -450,11 +455,12 @@ impl Takeover {
     #[link_section = ".init.text"]
     fn open_some(&self) {
         let deferred = kho_memblock::free_frames(first_deferred());
+        let floor = FLOOR.max(Memblock.ram_end() / FLOOR_SHARE);
         for frames in frames_of(&self.closed) {
             for number in grain_numbers(frames) {
                 // SAFETY: There is a page allocator.
                 let now = unsafe { bindings::kho_glue_nr_free() as u64 };
-                let enough = now >= FLOOR_NOW && now.saturating_add(deferred) >= FLOOR;
+                let enough = now >= FLOOR_NOW && now.saturating_add(deferred) >= floor;
                 let all = cfg!(not(CONFIG_DEFERRED_STRUCT_PAGE_INIT));
                 if enough && !all {
                     return;
