@@ -29,9 +29,9 @@
 //!
 //! # Hints
 //!
-//! Keys of one order that are added or removed one after the other mostly share a leaf. So each CPU
-//! notes the leaf that it used last for an order, see [`Hints`], and goes there without a descent if
-//! the next key belongs to it:
+//! Keys of one order that are added or removed one after the other mostly share a leaf. So each
+//! CPU notes the leaf that it used last for an order, see [`Hints`], and goes there without a
+//! descent if the next key belongs to it:
 //!
 //! ```text
 //!  hint    generation | root | key >> LEAF_BITS | leaf
@@ -97,8 +97,20 @@ impl Node {
     }
 
     /// Returns the index and the value of the first word from `index` on that is not 0.
+    #[inline(always)]
+    pub(crate) fn next_used(&self, index: u64) -> Option<(u64, u64)> {
+        if index < WORDS {
+            let value = self.word(index).load();
+            if value != 0 {
+                return Some((index, value));
+            }
+        }
+        self.search_used(index)
+    }
+
+    /// As [`Node::next_used`], where the first word is likely to be 0.
     #[inline(never)]
-    fn next_used(&self, index: u64) -> Option<(u64, u64)> {
+    fn search_used(&self, index: u64) -> Option<(u64, u64)> {
         let mut index = index;
         while index < WORDS {
             // Most words of most nodes are 0.
@@ -120,7 +132,7 @@ impl Node {
 
     /// Returns the first entry of a table from `index` on that is used, and where it leads.
     fn next_child(&self, index: u64) -> Option<(u64, NodeAddr)> {
-        let (index, _) = self.next_used(index)?;
+        let (index, _) = self.search_used(index)?;
         Some((index, NodeAddr::new(self.word(index).follow())?))
     }
 
@@ -134,14 +146,9 @@ impl Node {
         })
     }
 
-    /// Returns whether no bit is set and no entry is used, looking at the words around `near`
-    /// first: who empties a leaf in either direction finds the words that are still used there.
-    #[inline(never)]
-    fn is_empty(&self, near: u64) -> bool {
-        (0..=WORDS / 2).all(|i| {
-            let (up, down) = (near.wrapping_add(i), near.wrapping_sub(i));
-            self.word(up).load() == 0 && self.word(down).load() == 0
-        })
+    /// Returns whether all words are 0.
+    fn is_empty(&self) -> bool {
+        self.search_used(0).is_none()
     }
 
     /// Returns the first run of set bits at or after bit `from`: its first bit, and how many.
@@ -153,7 +160,7 @@ impl Node {
         let mut index = from / WORD_BITS;
         let mut word = self.word(index).load() & u64::MAX.wrapping_shl(from as u32);
         if word == 0 {
-            (index, word) = self.next_used(index.wrapping_add(1))?;
+            (index, word) = self.search_used(index.wrapping_add(1))?;
         }
         let skip = word.trailing_zeros();
         let first = index.wrapping_mul(WORD_BITS).wrapping_add(skip.into());
@@ -189,14 +196,12 @@ impl Node {
             again = again.wrapping_add((old & mask).count_ones().into());
             at = at.wrapping_add(bits);
             // Most of a large block is whole words that nobody has set.
-            while end.saturating_sub(at) >= WORD_BITS {
-                let word = self.word(at / WORD_BITS);
-                if word.load() != 0 {
-                    break;
-                }
-                word.store(u64::MAX);
-                at = at.wrapping_add(WORD_BITS);
+            let mut index = at / WORD_BITS;
+            while index < end / WORD_BITS && self.word(index).load() == 0 {
+                self.word(index).store(u64::MAX);
+                index = index.wrapping_add(1);
             }
+            at = at.max(index.wrapping_mul(WORD_BITS));
         }
         again
     }
@@ -271,7 +276,8 @@ impl Hints {
     #[inline(always)]
     fn of(&self, key: Key) -> &Hint {
         // A key starts with the bit that says its order, and so does what a leaf's keys share.
-        let order = leaf_keys(key).leading_zeros() as usize;
+        // The 1 does not matter, but says that it is not 0.
+        let order = (leaf_keys(key) | 1).leading_zeros() as usize;
         // BOUNDS: The remainder is less than the array's length.
         &self.0[order % HINTS]
     }
@@ -374,7 +380,8 @@ pub(crate) enum Removal {
     Absent,
     /// It was removed.
     Removed,
-    /// It was removed and its leaf has no other key, so that [`Tree::prune`] would free nodes.
+    /// It was removed and its word has no other key, so that [`Tree::prune`] may have nodes to
+    /// free. That is as much as can be told in passing; [`Tree::has_empty`] knows.
     Emptied,
 }
 
@@ -735,6 +742,19 @@ impl<M: NodeMem> Tree<M> {
         true
     }
 
+    /// Returns whether there is anything to prune. Others may be in the tree, but not prune it.
+    pub(crate) fn has_empty(&self) -> bool {
+        self.has_empty_below(self.mem.node(self.root), ROOT)
+    }
+
+    fn has_empty_below(&self, node: &Node, level: u32) -> bool {
+        level > 0
+            && node.children().any(|(_, addr)| {
+                let child = self.mem.node(addr);
+                child.is_empty() || self.has_empty_below(child, level.wrapping_sub(1))
+            })
+    }
+
     /// Frees the nodes without keys, the root excepted. Nobody else may be in the tree.
     pub(crate) fn prune(&self) {
         self.mem.forget();
@@ -748,7 +768,7 @@ impl<M: NodeMem> Tree<M> {
         for (index, addr) in node.children() {
             let child = self.mem.node(addr);
             self.prune_node(child, level.wrapping_sub(1));
-            if child.next_used(0).is_none() {
+            if child.is_empty() {
                 node.word(index).store(0);
                 self.mem.free(addr);
             }
@@ -785,7 +805,7 @@ fn clear(leaf: &Node, key: Key) -> Removal {
     let word = leaf.word(index);
     if word.clear(mask) & mask == 0 {
         Removal::Absent
-    } else if word.load() == 0 && leaf.is_empty(index) {
+    } else if word.load() == 0 {
         Removal::Emptied
     } else {
         Removal::Removed

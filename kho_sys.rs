@@ -278,25 +278,35 @@ fn wait_for_prune() {
     }
 }
 
-/// Prunes `tree`, which this kernel made, while nobody else is in it.
+/// Whether a prune is to come. If it is just beginning, it may miss what became empty right now;
+/// the next one does not.
+static PRUNE_IS_DUE: AtomicBool = AtomicBool::new(false);
+
+/// Prunes `tree`, which this kernel made, while nobody else is in it; unless all of it is in use.
 pub(crate) fn prune(tree: &Tree<Direct>) {
+    PRUNE_IS_DUE.store(false, Ordering::Relaxed);
     // SAFETY: The mutex is a static one, and this runs from a work queue, where waiting for a
     // grace period is allowed.
     unsafe { bindings::kho_glue_lock_prune() };
-    GENERATION.fetch_add(1, Ordering::Relaxed);
-    // SAFETY: As above.
-    unsafe { bindings::synchronize_rcu() };
-    tree.prune();
-    GENERATION.fetch_add(1, Ordering::Release);
+    if tree.has_empty() {
+        GENERATION.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: As above.
+        unsafe { bindings::synchronize_rcu() };
+        tree.prune();
+        GENERATION.fetch_add(1, Ordering::Release);
+    }
     // SAFETY: Locked above.
     unsafe { bindings::kho_glue_unlock_prune() };
 }
 
 /// Has the outgoing tree pruned in a while.
-#[cold]
+#[inline(always)]
 pub(crate) fn schedule_prune() {
-    // SAFETY: The work is a static one.
-    unsafe { bindings::kho_glue_schedule_prune() };
+    if !PRUNE_IS_DUE.load(Ordering::Relaxed) {
+        PRUNE_IS_DUE.store(true, Ordering::Relaxed);
+        // SAFETY: The work is a static one.
+        unsafe { bindings::kho_glue_schedule_prune() };
+    }
 }
 
 /// Returns the frame number and order of a folio.

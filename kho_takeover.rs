@@ -273,8 +273,9 @@ impl<M: NodeMem, S: NodeMem> Chart<'_, M, S> {
     fn small(&mut self, first: u64, order: Order, leaf: &Node) -> Result<(), Refusal> {
         let held = self.held;
         let mut chart: Option<(u64, &Node)> = None;
-        for index in 0..WORDS {
-            let mut blocks = leaf.word(index).load();
+        let mut at = 0;
+        while let Some((index, mut blocks)) = leaf.next_used(at) {
+            at = index.wrapping_add(1);
             // A word of blocks is as many words of the chart as a block has pages.
             let bit = index.wrapping_mul(WORD_BITS);
             let mut pfn = first.wrapping_add(bit.wrapping_shl(order.get()));
@@ -421,14 +422,10 @@ pub(crate) fn grains<S: NodeMem>(
     let mut row = 0..0;
     let mut from = Key::MIN;
     while let Some((first, leaf)) = held.next_leaf(from, Key::MAX) {
-        let mut index = 0;
-        while index < WORDS {
-            let word = leaf.word(index).load();
+        let mut at = 0;
+        while let Some((index, word)) = leaf.next_used(at) {
             let pfn = first.wrapping_add(index.wrapping_mul(WORD_BITS));
-            index = index.wrapping_add(1);
-            if word == 0 {
-                continue;
-            }
+            at = index.wrapping_add(1);
             // A range starts at each bit whose neighbour below is clear.
             let below = word.wrapping_shl(1) | u64::from(end == pfn);
             if word & !below != 0 {
@@ -444,14 +441,13 @@ pub(crate) fn grains<S: NodeMem>(
                 row.end = number.wrapping_add(1);
             }
             // What is left of a large block in this grain.
-            let last = (pfn | grain.pages().wrapping_sub(1)).wrapping_sub(first) / WORD_BITS;
-            while end % WORD_BITS == 0
-                && index <= last
-                && index < WORDS
-                && leaf.word(index).load() == u64::MAX
-            {
-                end = end.wrapping_add(WORD_BITS);
-                index = index.wrapping_add(1);
+            if end % WORD_BITS == 0 {
+                let last = (pfn | grain.pages().wrapping_sub(1)).wrapping_sub(first) / WORD_BITS;
+                let limit = last.wrapping_add(1).min(WORDS);
+                while at < limit && leaf.word(at).load() == u64::MAX {
+                    at = at.wrapping_add(1);
+                }
+                end = first.wrapping_add(at.wrapping_mul(WORD_BITS));
             }
         }
         match Key::new(first.wrapping_add(LEAF_SIZE)) {
