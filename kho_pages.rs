@@ -202,16 +202,20 @@ fn settle_folio(phys: u64) {
 }
 
 /// Claims all blocks of `frames`, as they come: whatever the range was cut into when it was
-/// preserved. Nothing is claimed if one is not preserved, or does not end in the range.
-pub(crate) fn claim(frames: Frames) -> bool {
+/// preserved. Returns the first page; or [`None`], and nothing is claimed, if there is a block that
+/// is not preserved or does not end in the range, or no block at all.
+pub(crate) fn claim(frames: Frames) -> Option<Page> {
     kho_withheld::settle(frames);
+    let mut first = None;
     let done = walk(frames, Mark::Preserved, |page, order| {
+        first.get_or_insert(page);
         page.turn(Mark::Preserved, Mark::Claimed, order)
     });
     if done < frames.count() {
         unclaim(frames.head(done));
+        return None;
     }
-    done == frames.count()
+    first
 }
 
 /// Undoes [`claim`].
@@ -232,7 +236,7 @@ pub(crate) fn take(frames: Frames) {
 /// Calls `each` with the blocks of `frames`, all of which carry `mark`. Stops before one that does
 /// not, or does not end in the range, or when `each` fails; returns how many frames lie before
 /// that.
-fn walk(frames: Frames, mark: Mark, each: impl Fn(Page, Order) -> bool) -> u64 {
+fn walk(frames: Frames, mark: Mark, mut each: impl FnMut(Page, Order) -> bool) -> u64 {
     let mut done = 0u64;
     while done < frames.count() {
         let page = Page::online(frames.start().wrapping_add(done));
@@ -249,12 +253,13 @@ fn walk(frames: Frames, mark: Mark, each: impl Fn(Page, Order) -> bool) -> u64 {
 
 /// Restores a range of single pages, which starts at `phys`, all of it or nothing.
 pub(crate) fn restore_frames(frames: Option<Frames>, phys: u64) -> Option<Page> {
-    if let Some(frames) = frames.filter(|it| it.count() > 0 && claim(*it)) {
-        take(frames);
-        return Page::online(frames.start());
-    }
-    kho_sys::complain(NOTHING, phys);
-    None
+    let claimed = frames.and_then(|frames| Some((claim(frames)?, frames)));
+    let Some((page, frames)) = claimed else {
+        kho_sys::complain(NOTHING, phys);
+        return None;
+    };
+    take(frames);
+    Some(page)
 }
 
 /// Allocates a folio of zeroes that is preserved, and returns it.

@@ -27,6 +27,7 @@ use super::kho_radix::{
 use super::kho_range::Frames;
 use super::PAGE_SHIFT;
 use core::{
+    mem::size_of,
     ptr::NonNull,
     sync::atomic::{
         AtomicBool,
@@ -113,10 +114,7 @@ impl Drop for Inside {
 
 // C has room for them, see `kho_glue_enter()`.
 const _: () = {
-    use core::mem::{
-        align_of,
-        size_of, //
-    };
+    use core::mem::align_of;
     assert!(size_of::<Hints>() == size_of::<bindings::kho_glue_hints>());
     assert!(align_of::<Hints>() <= align_of::<bindings::kho_glue_hints>());
 };
@@ -219,7 +217,8 @@ impl NodeMem for Direct {
 
 /// Pages of memblock's that wait to become nodes: the address of the first, and their end.
 ///
-/// Takeover makes many nodes; memblock takes its time for each request, whatever its size.
+/// Takeover makes many nodes; memblock takes its time for each request, whatever its size. They are
+/// zeroed one by one, when they are used.
 // Early boot runs on one CPU.
 #[link_section = ".init.data"]
 static mut POOL: (u64, u64) = (0, 0);
@@ -238,7 +237,7 @@ fn alloc_early() -> Option<NodeAddr> {
             let size = page.wrapping_mul(pages);
             // SAFETY: Early boot.
             let virt = unsafe {
-                bindings::memblock_alloc_try_nid(size, page, 0, 0, bindings::NUMA_NO_NODE)
+                bindings::memblock_alloc_try_nid_raw(size, page, 0, 0, bindings::NUMA_NO_NODE)
             };
             if !virt.is_null() {
                 next = phys(virt);
@@ -252,6 +251,12 @@ fn alloc_early() -> Option<NodeAddr> {
     }
     // SAFETY: As above.
     unsafe { POOL = (next.wrapping_add(page), end) };
+    let words = virt::<[u64; 8]>(next);
+    for i in 0..bindings::PAGE_SIZE / size_of::<[u64; 8]>() {
+        // SAFETY: The page has that many, and is nobody's. Volatile, or this would be a call of
+        // `memset()`, which may work byte by byte.
+        unsafe { words.add(i).write_volatile([0; 8]) };
+    }
     NodeAddr::new(next)
 }
 

@@ -239,6 +239,7 @@ unsafe fn unpreserve_list(first: u64, order: Order) {
 /// `count` pages of `pages`, an array of `room` entries.
 struct Claimed {
     first: u64,
+    order: Order,
     chunks: u64,
     pages: NonNull<*mut bindings::page>,
     room: usize,
@@ -258,6 +259,7 @@ impl Claimed {
         // INVARIANT: Nothing is claimed yet.
         let mut claimed = Self {
             first,
+            order,
             chunks: 0,
             pages,
             room,
@@ -266,7 +268,8 @@ impl Claimed {
         let mut next = first;
         while next != 0 {
             // No chunk can be claimed twice: a list that never ends is found out here.
-            let frames = frames_at(next, Order::ZERO).filter(|it| kho_pages::claim(*it))?;
+            let frames = frames_at(next, Order::ZERO)?;
+            kho_pages::claim(frames)?;
             // INVARIANT: What was preserved is RAM, and nobody else has it now. What is in it is
             // not relied on.
             let chunk = Chunk(frames);
@@ -282,11 +285,10 @@ impl Claimed {
     /// Claims `frames`, and lists them.
     fn add(&mut self, frames: Frames) -> Option<()> {
         let pages = frames.count() as usize;
-        if pages > self.room.wrapping_sub(self.count) || !kho_pages::claim(frames) {
+        if pages > self.room.wrapping_sub(self.count) {
             return None;
         }
-        // SAFETY: What was preserved is RAM.
-        let first = unsafe { Page::of(frames.start()) }?;
+        let first = kho_pages::claim(frames)?;
         for i in 0..pages {
             // SAFETY: The array has room for them, and they are one block of the page allocator's.
             unsafe {
@@ -359,9 +361,8 @@ pub(crate) fn restore(preservation: &bindings::kho_vmalloc) -> Option<*mut c_voi
     // SAFETY: The address is the only thing that is ever in there.
     let first = unsafe { preservation.first.phys };
     let total = preservation.total_pages.into();
-    let claimed = order.and_then(|order| Claimed::new(first, order, total));
-    let Some((order, claimed)) = order.zip(claimed) else {
-        kho_sys::complain("a vmalloc area is not preserved whole", first);
+    let Some(claimed) = order.and_then(|order| Claimed::new(first, order, total)) else {
+        kho_sys::complain("no vmalloc area: not preserved whole, or no memory", first);
         return None;
     };
     // Flags that are not known say nothing about the memory.
@@ -371,9 +372,10 @@ pub(crate) fn restore(preservation: &bindings::kho_vmalloc) -> Option<*mut c_voi
         flags |= HUGE_VMAP;
     }
     let (pages, count) = (claimed.pages.as_ptr(), claimed.count);
+    let order = claimed.order.get();
     // SAFETY: The array has that many pages. They and the array stay with the area.
     unsafe {
-        let area = bindings::kho_glue_vmap(pages, count, order.get(), flags);
+        let area = bindings::kho_glue_vmap(pages, count, order, flags);
         let area = NonNull::new(area)?.as_ptr();
         let pages = claimed.take().as_ptr();
         Some(bindings::kho_glue_vmap_done(area, pages, count, is_alloc))
