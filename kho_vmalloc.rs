@@ -104,11 +104,10 @@ impl Chunk {
         unsafe { (*self.as_ptr()).hdr.next.phys = next.0.phys() };
     }
 
-    /// Returns the addresses in the chunk.
-    fn entries(&self) -> impl Iterator<Item = u64> + '_ {
+    /// Returns the addresses in the chunk, of which a 0 is the end.
+    fn entries(&self) -> &[u64; bindings::KHO_VMALLOC_SIZE] {
         // SAFETY: By the type invariant. Nothing changes a chunk that is in a list.
-        let entries = unsafe { &(*self.as_ptr()).phys };
-        entries.iter().copied().take_while(|phys| *phys != 0)
+        unsafe { &(*self.as_ptr()).phys }
     }
 
     /// Writes the entry at `index`; returns whether there is room for it.
@@ -221,8 +220,13 @@ unsafe fn unpreserve_list(first: u64, order: Order) {
     let mut next = first;
     // SAFETY: By the caller's contract.
     while let Some(chunk) = unsafe { Chunk::at(next) } {
-        for frames in chunk.entries().filter_map(|phys| frames_at(phys, order)) {
-            kho_pages::unpreserve_frames(frames);
+        for phys in chunk.entries() {
+            if *phys == 0 {
+                break;
+            }
+            if let Some(frames) = frames_at(*phys, order) {
+                kho_pages::unpreserve_frames(frames);
+            }
         }
         kho_pages::unpreserve_frames(chunk.0);
         next = chunk.next();
@@ -275,7 +279,10 @@ impl Claimed {
             let chunk = Chunk(frames);
             claimed.chunks = claimed.chunks.wrapping_add(1);
             for phys in chunk.entries() {
-                claimed.add(frames_at(phys, order)?)?;
+                if *phys == 0 {
+                    break;
+                }
+                claimed.add(frames_at(*phys, order)?)?;
             }
             next = chunk.next();
         }
