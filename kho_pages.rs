@@ -104,14 +104,19 @@ fn unpreserve_block(block: Block) {
 /// As [`preserve`].
 pub(crate) fn preserve_frames(frames: Frames) -> Result {
     // Those of a vmalloc area mostly are.
-    if let Some(page) = frames.only_page() {
-        return preserve_block(page);
+    match frames.only_page() {
+        Some(page) => preserve_block(page),
+        None => preserve_blocks(frames),
     }
+}
+
+#[inline(never)]
+fn preserve_blocks(frames: Frames) -> Result {
     let mut done = 0u64;
     for block in frames.blocks(kho_sys::one_node) {
         if let Err(error) = preserve_block(block) {
-            // The cuts are the same again, as far as they went.
-            unpreserve_until(frames, done);
+            // They end with a block, so that the cuts are the same again.
+            unpreserve_blocks(frames.head(done));
             return Err(error);
         }
         done = done.wrapping_add(block.order().pages());
@@ -119,24 +124,19 @@ pub(crate) fn preserve_frames(frames: Frames) -> Result {
     Ok(())
 }
 
-/// Undoes the preservation of the blocks of `frames` that make up its first `count` pages.
-fn unpreserve_until(frames: Frames, count: u64) {
-    let mut rest = count;
-    for block in frames.blocks(kho_sys::one_node) {
-        if rest == 0 {
-            break;
-        }
-        unpreserve_block(block);
-        rest = rest.wrapping_sub(block.order().pages());
+/// Undoes [`preserve_frames`] for the same range.
+pub(crate) fn unpreserve_frames(frames: Frames) {
+    match frames.only_page() {
+        Some(page) => unpreserve_block(page),
+        None => unpreserve_blocks(frames),
     }
 }
 
-/// Undoes [`preserve_frames`] for the same range.
-pub(crate) fn unpreserve_frames(frames: Frames) {
-    if let Some(page) = frames.only_page() {
-        return unpreserve_block(page);
+#[inline(never)]
+fn unpreserve_blocks(frames: Frames) {
+    for block in frames.blocks(kho_sys::one_node) {
+        unpreserve_block(block);
     }
-    unpreserve_until(frames, frames.count());
 }
 
 /// Preserves memory by its physical address, all of it or nothing.
@@ -206,6 +206,16 @@ fn settle_folio(phys: u64) {
 /// is not preserved or does not end in the range, or no block at all.
 pub(crate) fn claim(frames: Frames) -> Option<Page> {
     kho_withheld::settle(frames);
+    if frames.count() == 1 {
+        let page = Page::online(frames.start())?;
+        let done = page.turn(Mark::Preserved, Mark::Claimed, Order::ZERO);
+        return done.then_some(page);
+    }
+    claim_blocks(frames)
+}
+
+#[inline(never)]
+fn claim_blocks(frames: Frames) -> Option<Page> {
     let mut first = None;
     let done = walk(frames, Mark::Preserved, |page, order| {
         first.get_or_insert(page);

@@ -180,7 +180,9 @@ impl Frames {
     ///
     /// No block spans two NUMA nodes, because its struct pages are initialised for one: `one_node`
     /// says of two frame numbers, the first and the last of a block, whether they are on the same.
-    /// Which blocks come out is not ABI; the same `one_node` gives the same blocks.
+    /// Which blocks come out is not ABI; the same `one_node` gives the same blocks, and the same
+    /// first ones if the range ends with one of them: what is left only matters to a block that it
+    /// is too short for.
     pub(crate) fn blocks<F: Fn(u64, u64) -> bool>(self, one_node: F) -> Blocks<F> {
         Blocks {
             rest: self,
@@ -198,7 +200,7 @@ pub(crate) struct Blocks<F> {
 impl<F: Fn(u64, u64) -> bool> Iterator for Blocks<F> {
     type Item = Block;
 
-    #[inline(never)]
+    #[inline(always)]
     fn next(&mut self) -> Option<Block> {
         let mut block = self.rest.first_block(Order::MAX)?;
         // OVERFLOW: The block ends within the range.

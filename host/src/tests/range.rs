@@ -28,14 +28,19 @@ fn ends(frames: Frames) -> (u64, u64) {
     (frames.start(), frames.end())
 }
 
-/// Cuts `start..end`, checks every block, and returns how many there are. Nodes change at each
-/// of `borders`.
+/// Cuts `start..end`, checks every block, and returns how many there are. Two nodes take turns, at
+/// each of `borders`.
 fn cut(start: u64, end: u64, borders: &[u64]) -> usize {
-    let node = |pfn: u64| borders.iter().filter(|border| **border <= pfn).count();
-    let blocks = frames(start, end).blocks(|first, last| node(first) == node(last));
+    let node = |pfn: u64| borders.iter().filter(|border| **border <= pfn).count() % 2;
+    let cuts = |end| {
+        let blocks = frames(start, end).blocks(|first, last| node(first) == node(last));
+        blocks.collect::<Vec<_>>()
+    };
+    let blocks = cuts(end);
     let mut at = start;
-    let mut count = 0;
-    for block in blocks {
+    for (done, block) in blocks.iter().enumerate() {
+        // Who gives up halfway has to undo just what was done.
+        assert_eq!(cuts(at), blocks[..done], "{start:#x}..{at:#x} of {end:#x}");
         let pages = block.order().pages();
         assert_eq!(block.pfn().get(), at);
         assert_eq!(at % pages, 0);
@@ -50,10 +55,9 @@ fn cut(start: u64, end: u64, borders: &[u64]) -> usize {
             "{at:#x}+{pages:#x} of {start:#x}..{end:#x}"
         );
         at += pages;
-        count += 1;
     }
     assert_eq!(at, end);
-    count
+    blocks.len()
 }
 
 #[test]
