@@ -231,7 +231,7 @@ struct folio *kho_glue_virt_to_folio(const void *mem)
 
 /* addresses */
 
-unsigned long kho_glue_direct_map(void)
+unsigned long __init kho_glue_direct_map(void)
 {
 	phys_addr_t phys = memblock_start_of_DRAM();
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0
 """Tests of kexec handover in QEMU; run by scripts/qemu-tests.
 
-R is the kernel with the Rust implementation, C the one with the C one.
+R is the kernel with the Rust implementation, C the one with the C one, and P has
+the Rust implementation and as little else as can be.
 """
 import concurrent.futures
 import mmap
@@ -18,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import guest as g  # noqa: E402
 from guest import Fail, Guest  # noqa: E402
 
-R, C = os.environ["RUST_KERNEL"], os.environ["C_KERNEL"]
+R, C, P = (os.environ[f"{name}_KERNEL"] for name in ("RUST", "C", "PLAIN"))
 BREAK = bool(os.environ.get("KHO_BREAK"))
 TESTS = {}
 # Only run if they are named.
@@ -466,7 +467,9 @@ SCATTERED = {
     "4-cpus": {"smp": 4},
     "2-nodes": {"smp": 2, "nodes": 2},
     # Page owner, from early on, has all struct pages initialised at once.
-    "early": {"args": "page_owner=on early_page_ext"},
+    "early": {"args": "page_owner=on early_page_ext", "deferred": 0},
+    # No struct pages are initialised late, and there are no nodes.
+    "plain": {"kernel": P, "smp": 2, "deferred": 0},
 }
 # Where the boot processor stops to initialise struct pages: at the first section of 128 MiB after
 # one section's worth of pages of ZONE_DMA32.  On a second node that has the upper 512 MiB it goes
@@ -479,9 +482,9 @@ UNCLAIMED = 10
 SERIALISED = 32
 
 
-def scattered(log):
+def scattered(log, kernel=None):
     """A guest with two files of 6 MiB, of whose 3072 pages few are neighbours."""
-    guest = Guest(log, R)
+    guest = Guest(log, kernel or R)
     for seed in 1, 2:
         guest.add_file(f"data{seed}", data(6 << 20, seed))
     return guest
@@ -510,17 +513,17 @@ def expect_waiting(run, but=0):
     expect(f"{odd} of {total} frames do not wait", total == 3073 and odd <= but)
 
 
-def scatter(log, **options):
+def scatter(log, kernel=None, args="", deferred=None, **options):
     """R -> R, thousands of runs: the data, and no memory lost or given twice"""
-    args = options.pop("args", "")
-    with scattered(log) as guest:
+    with scattered(log, kernel) as guest:
         done = guest.run(f"kho=on liveupdate=on page_poison=1 {args}", [
             ACCOUNT + "account cold" + SCATTER + "next_kernel next",
             ACCOUNT + "account held\ncheck kho-guest waiting /mnt" + RETRIEVE + "account given"],
             **options)
         expect_scattered(guest, done)
     late = done.said(2, "deferred pages initialised")
-    expect(f"kernel 2 said: {late}", len(late) == (0 if args else options.get("nodes", 1)))
+    expected = options.get("nodes", 1) if deferred is None else deferred
+    expect(f"kernel 2 said: {late}", len(late) == expected)
     total, free = {}, {}
     for stage, when in (1, "cold"), (2, "held"), (2, "given"):
         total[when], free[when] = map(int, done.reported(stage, when)[0].split())
@@ -803,7 +806,8 @@ def one(number, name):
     log = g.CACHE / f"log/qemu/{name}.log"
     start = time.time()
     try:
-        for kernel in {R} | ({C} if name in ("c-to-rust", "rust-to-c") else set()):
+        others = {"c-to-rust": C, "rust-to-c": C, "scatter-plain": P}
+        for kernel in {R, others.get(name, R)}:
             expect(f"no {Path(kernel).name}_KERNEL", Path(kernel).exists())
         note = TESTS[name](log)
         status, text = "ok", f" # {note}" if note else ""
