@@ -30,7 +30,6 @@
 #include <linux/kho_bench.h>
 #include <linux/memblock.h>
 #include <linux/mm.h>
-#include <linux/preempt.h>
 #include <linux/sched.h>
 #include <linux/slab.h>
 #include <linux/sort.h>
@@ -555,13 +554,10 @@ static int __init restore_folios(struct bench_handover *ho)
 	if (number != ho->count)
 		return -EIO;
 
-	/* There is no second round: keep others away. */
-	preempt_disable();
 	ticks = ticks_of({
 		for (unsigned long i = 0; i < number; i++)
 			list[i] = (unsigned long)kho_restore_folio(list[i]);
 	});
-	preempt_enable();
 	report("restore", ticks, number);
 
 	number = 0;
@@ -637,6 +633,8 @@ static int __init kho_bench(void)
 	if (!param[0])
 		return 0;
 	report_stages(end);
+	/* Work that other initcalls left to kthreads is not ours to count. */
+	sched_set_fifo(current);
 	if (!kho_retrieve_subtree(BENCH_NAME, &phys, NULL)) {
 		err = measure_restore(phys);
 	} else {
@@ -644,6 +642,7 @@ static int __init kho_bench(void)
 		if (!err && kind != COLD)
 			err = measure_preserve();
 	}
+	sched_set_normal(current, 0);
 	if (err)
 		pr_err("FAILED: %pe\n", ERR_PTR(err));
 	else
