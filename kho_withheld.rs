@@ -138,7 +138,7 @@ pub(crate) struct Takeover {
 }
 
 /// What was taken over, while not everything has been given back.
-// Only `set()` and `finish()` write it, when nobody else can be looking.
+// Only `Takeover::take()` and `finish()` write it, when nobody else can be looking.
 static mut TAKEOVER: Option<Takeover> = None;
 
 /// Whether the static is in use.
