@@ -114,18 +114,21 @@ impl Node {
         let mut index = index;
         while index < WORDS {
             // Most words of most nodes are 0.
-            if index % 4 == 0 {
-                let any = |i: u64| self.word(index.wrapping_add(i)).load();
-                if any(0) | any(1) | any(2) | any(3) == 0 {
-                    index = index.wrapping_add(4);
-                    continue;
+            while let Some([a, b, c, d, e, f, g, h, ..]) = self.words.get(index as usize..) {
+                let low = a.load() | b.load() | c.load() | d.load();
+                if low | e.load() | f.load() | g.load() | h.load() != 0 {
+                    break;
                 }
+                index = index.wrapping_add(8);
             }
-            let value = self.word(index).load();
-            if value != 0 {
-                return Some((index, value));
+            let end = index.wrapping_add(8).min(WORDS);
+            while index < end {
+                let value = self.word(index).load();
+                if value != 0 {
+                    return Some((index, value));
+                }
+                index = index.wrapping_add(1);
             }
-            index = index.wrapping_add(1);
         }
         None
     }

@@ -251,11 +251,23 @@ fn alloc_early() -> Option<NodeAddr> {
     }
     // SAFETY: As above.
     unsafe { POOL = (next.wrapping_add(page), end) };
-    let words = virt::<[u64; 8]>(next);
-    for i in 0..bindings::PAGE_SIZE / size_of::<[u64; 8]>() {
+    let words = virt::<u64>(next);
+    let mut at = 0usize;
+    while at < bindings::PAGE_SIZE / size_of::<u64>() {
         // SAFETY: The page has that many, and is nobody's. Volatile, or this would be a call of
         // `memset()`, which may work byte by byte.
-        unsafe { words.add(i).write_volatile([0; 8]) };
+        unsafe {
+            let word = words.add(at);
+            word.write_volatile(0);
+            word.add(1).write_volatile(0);
+            word.add(2).write_volatile(0);
+            word.add(3).write_volatile(0);
+            word.add(4).write_volatile(0);
+            word.add(5).write_volatile(0);
+            word.add(6).write_volatile(0);
+            word.add(7).write_volatile(0);
+        }
+        at = at.wrapping_add(8);
     }
     NodeAddr::new(next)
 }
