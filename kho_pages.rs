@@ -85,9 +85,7 @@ pub(crate) fn unpreserve(block: Block) {
     match tree.remove(Key::of(block)) {
         Removal::Removed => {}
         Removal::Emptied => kho_sys::schedule_prune(),
-        Removal::Absent => {
-            kho_sys::complain("unpreserving what is not preserved", block.pfn().phys())
-        }
+        Removal::Absent => complain_absent(Key::of(block)),
     }
 }
 
@@ -112,16 +110,17 @@ pub(crate) fn preserve_frames(frames: Frames) -> Result {
 
 #[inline(never)]
 fn preserve_blocks(frames: Frames) -> Result {
-    let mut done = 0u64;
-    for block in frames.blocks(kho_sys::one_node) {
-        if let Err(error) = preserve_block(block) {
-            // They end with a block, so that the cuts are the same again.
-            unpreserve_blocks(frames.head(done));
-            return Err(error);
-        }
-        done = done.wrapping_add(block.order().pages());
-    }
-    Ok(())
+    check_scratch(frames.phys(), frames.bytes())?;
+    let tree = kho_state::out_tree().ok_or(EOPNOTSUPP)?;
+    let keys = frames.blocks(kho_sys::one_node).map(Key::of);
+    tree.add_all(keys).map_err(|(key, error)| {
+        let done = key
+            .block()
+            .map_or(0, |block| block.pfn().get().wrapping_sub(frames.start()));
+        // They end with a block, so that the cuts are the same again.
+        unpreserve_blocks(frames.head(done));
+        error.map_or(EEXIST, |_| ENOMEM)
+    })
 }
 
 /// Undoes [`preserve_frames`] for the same range.
@@ -134,9 +133,20 @@ pub(crate) fn unpreserve_frames(frames: Frames) {
 
 #[inline(never)]
 fn unpreserve_blocks(frames: Frames) {
-    for block in frames.blocks(kho_sys::one_node) {
-        unpreserve_block(block);
+    let Some(tree) = kho_state::out_tree() else {
+        return;
+    };
+    let keys = frames.blocks(kho_sys::one_node).map(Key::of);
+    if tree.remove_all(keys, complain_absent) {
+        kho_sys::schedule_prune();
     }
+}
+
+/// Says that what a key names is not preserved.
+#[cold]
+fn complain_absent(key: Key) {
+    let phys = key.block().map_or(0, |block| block.pfn().phys());
+    kho_sys::complain("unpreserving what is not preserved", phys);
 }
 
 /// Preserves memory by its physical address, all of it or nothing.

@@ -271,6 +271,10 @@ impl NodeAddr {
 #[derive(Default)]
 pub(crate) struct Hints([Hint; HINTS]);
 
+/// How many keys are added or removed in one pass at the most. A range of memory rarely has more
+/// blocks, and preemption is disabled meanwhile.
+const BATCH: u32 = 64;
+
 /// Two orders share a hint only if they are this far apart; the page allocator has eleven.
 const HINTS: usize = 16;
 
@@ -533,16 +537,16 @@ impl<M: NodeMem> Tree<M> {
         self.locate(key).map(|addr| self.mem.node(addr))
     }
 
-    /// Finds the leaf for `key` as [`Tree::find`], and notes it.
-    #[inline(always)]
-    fn search(&self, pass: &M::Pass<'_>, key: Key) -> Result<&Node, (u32, &Word)> {
-        let addr = self.locate(key)?;
+    /// Finds the leaf for `key` as [`Tree::find_leaf`], and notes it.
+    #[inline(never)]
+    fn search(&self, pass: &M::Pass<'_>, key: Key) -> Option<&Node> {
+        let addr = self.locate(key).ok()?;
         // INVARIANT: It has just been found. No node is taken away during the pass, and the
         // generation changes before any is.
         pass.hints()
             .of(key)
             .note(pass.generation(), self.root, key, addr);
-        Ok(self.mem.node(addr))
+        Some(self.mem.node(addr))
     }
 
     /// Adds `key`; returns whether it is new. May sleep.
@@ -563,11 +567,91 @@ impl<M: NodeMem> Tree<M> {
         }
     }
 
+    /// Returns the leaf for `key`, by the hint if that is the one.
+    #[inline(always)]
+    fn approach(&self, pass: &M::Pass<'_>, key: Key) -> Option<&Node> {
+        match pass
+            .hints()
+            .of(key)
+            .recall(pass.generation(), self.root, key)
+        {
+            Some(leaf) => Some(self.mem.node(leaf)),
+            None => self.search(pass, key),
+        }
+    }
+
+    /// Adds `keys` one after the other, in few passes. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// The first key that was not added, and [`NoMemory`] unless the reason is that it was in the
+    /// tree. All keys before it were added.
+    pub(crate) fn add_all(
+        &self,
+        mut keys: impl Iterator<Item = Key>,
+    ) -> Result<(), (Key, Option<NoMemory>)> {
+        loop {
+            let Some(key) = self.add_some(&mut keys)? else {
+                return Ok(());
+            };
+            match self.grow(key) {
+                Ok(true) => {}
+                Ok(false) => return Err((key, None)),
+                Err(error) => return Err((key, Some(error))),
+            }
+        }
+    }
+
+    /// Adds `keys` until there are no more, or up to one for which nodes are missing, which is
+    /// returned.
+    #[inline(always)]
+    fn add_some(
+        &self,
+        keys: &mut impl Iterator<Item = Key>,
+    ) -> Result<Option<Key>, (Key, Option<NoMemory>)> {
+        loop {
+            let pass = self.mem.enter();
+            for _ in 0..BATCH {
+                let Some(key) = keys.next() else {
+                    return Ok(None);
+                };
+                match self.approach(&pass, key) {
+                    Some(leaf) if set(leaf, key) => {}
+                    Some(_) => return Err((key, None)),
+                    None => return Ok(Some(key)),
+                }
+            }
+        }
+    }
+
+    /// Removes `keys` in few passes, and tells `absent` of those that were not in the tree.
+    /// Returns whether there may be nodes to free, see [`Removal::Emptied`].
+    pub(crate) fn remove_all(
+        &self,
+        mut keys: impl Iterator<Item = Key>,
+        mut absent: impl FnMut(Key),
+    ) -> bool {
+        let mut emptied = false;
+        loop {
+            let pass = self.mem.enter();
+            for _ in 0..BATCH {
+                let Some(key) = keys.next() else {
+                    return emptied;
+                };
+                match self.approach(&pass, key).map(|leaf| clear(leaf, key)) {
+                    Some(Removal::Removed) => {}
+                    Some(Removal::Emptied) => emptied = true,
+                    Some(Removal::Absent) | None => absent(key),
+                }
+            }
+        }
+    }
+
     /// Adds `key` to another leaf than the last one.
     // By value, so that the tree need not be in memory for `add()` to call this.
     #[inline(never)]
     fn add_elsewhere(self, pass: M::Pass<'_>, key: Key) -> Result<bool, NoMemory> {
-        if let Ok(leaf) = self.search(&pass, key) {
+        if let Some(leaf) = self.search(&pass, key) {
             return Ok(set(leaf, key));
         }
         drop(pass);
@@ -622,8 +706,8 @@ impl<M: NodeMem> Tree<M> {
     #[inline(never)]
     fn remove_elsewhere(self, pass: M::Pass<'_>, key: Key) -> Removal {
         match self.search(&pass, key) {
-            Ok(leaf) => clear(leaf, key),
-            Err(_) => Removal::Absent,
+            Some(leaf) => clear(leaf, key),
+            None => Removal::Absent,
         }
     }
 

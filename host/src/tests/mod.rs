@@ -220,6 +220,8 @@ struct Mem {
     budget: AtomicI64,
     /// How many are in the tree.
     inside: AtomicU32,
+    /// How often anybody came to it.
+    entered: AtomicU64,
     /// Allocating while anybody is in the tree is an error.
     strict: AtomicBool,
     /// Who is in the tree shares this, if there is one.
@@ -242,6 +244,7 @@ impl Mem {
             free: Mutex::new((0..count).rev().collect()),
             budget: AtomicI64::new(i64::MAX),
             inside: AtomicU32::new(0),
+            entered: AtomicU64::new(0),
             strict: AtomicBool::new(false),
             gate: None,
             generation: AtomicU64::new(GENERATIONS.fetch_add(1, SeqCst)),
@@ -348,6 +351,7 @@ impl<'m> NodeMem for &'m Mem {
         let mem: &'m Mem = self;
         let _shared = mem.gate.as_ref().map(|gate| gate.read().unwrap());
         mem.inside.fetch_add(1, SeqCst);
+        mem.entered.fetch_add(1, SeqCst);
         Pass { mem, _shared }
     }
 

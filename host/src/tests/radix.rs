@@ -453,6 +453,96 @@ fn never_allocates_inside() {
     assert_eq!(mem.inside.load(SeqCst), 0);
 }
 
+/// Many keys at once are as many one by one, up to the first that is there already.
+#[test]
+fn many_at_once() {
+    for (seed, universe) in (40u64..).zip(distributions()) {
+        let mem = Mem::new();
+        mem.strict.store(true, SeqCst);
+        let tree = Tree::new(&mem).unwrap();
+        let mut model = BTreeSet::new();
+        let mut rng = Rng::new(seed);
+        for turn in 0..200u64 {
+            let any = |_| universe[rng.below(universe.len() as u64) as usize];
+            let some: Vec<u64> = (0..1 + turn % 90).map(any).collect();
+            let keys = some.iter().map(|number| key(*number));
+            if turn % 3 > 0 {
+                let there = some.iter().find(|number| !model.insert(**number));
+                let expected = there.map_or(Ok(()), |number| Err((key(*number), None)));
+                assert_eq!(tree.add_all(keys), expected);
+            } else {
+                let mut absent = Vec::new();
+                let emptied = tree.remove_all(keys, |key| absent.push(key.get()));
+                let (mut missed, mut cleared) = (Vec::new(), false);
+                for number in &some {
+                    let word = number / 64 * 64;
+                    match model.remove(number) {
+                        true => cleared |= model.range(word..word + 64).next().is_none(),
+                        false => missed.push(*number),
+                    }
+                }
+                assert_eq!((absent, emptied), (missed, cleared));
+            }
+            assert_eq!(mem.inside.load(SeqCst), 0);
+            compare(&tree, &mem, &model, &some);
+        }
+    }
+}
+
+/// What was added before memory ran out stays, and nothing else.
+#[test]
+fn many_at_once_without_memory() {
+    let base = abi::encode(0, 0);
+    for budget in 0..9 {
+        let mem = Mem::new();
+        let tree = Tree::new(&mem).unwrap();
+        assert_eq!(tree.add(key(base)), Ok(true));
+        // Two keys of each leaf, so that every second one needs a node.
+        let numbers = (2..20u64).map(|i| base + i / 2 * LEAF + i % 2);
+        mem.budget.store(budget, SeqCst);
+        let first = numbers.clone().nth(2 * budget as usize).unwrap();
+        let result = tree.add_all(numbers.clone().map(key));
+        assert_eq!(result, Err((key(first), Some(NoMemory))), "budget {budget}");
+        let model = numbers.take_while(|number| *number < first).chain([base]);
+        compare(&tree, &mem, &model.collect(), &[]);
+    }
+}
+
+/// Nobody stays in the tree for long, nor comes and goes for each key.
+#[test]
+fn many_at_once_in_few_passes() {
+    let mem = Mem::new();
+    let tree = Tree::new(&mem).unwrap();
+    let base = abi::encode(0, 0);
+    tree.add(key(base)).unwrap();
+    tree.remove(key(base));
+    let keys = || {
+        (base..base + 1000).map(|number| {
+            assert_eq!(mem.inside.load(SeqCst), 1);
+            (mem.entered.load(SeqCst), key(number))
+        })
+    };
+    let mut passes: Vec<u64> = Vec::new();
+    tree.add_all(keys().map(|(pass, key)| {
+        passes.push(pass);
+        key
+    }))
+    .unwrap();
+    let mut more = Vec::new();
+    tree.remove_all(
+        keys().map(|(pass, key)| {
+            more.push(pass);
+            key
+        }),
+        |_| panic!("all of them are there"),
+    );
+    for passes in [passes, more] {
+        let longest = passes.chunk_by(|a, b| a == b).map(<[u64]>::len).max();
+        assert_eq!(longest, Some(64));
+        assert_eq!(passes.last().unwrap() - passes[0], 1000 / 64);
+    }
+}
+
 /// The last key of a word may be the last of its leaf; nothing is pruned unless it is.
 #[test]
 fn emptied() {
