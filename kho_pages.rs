@@ -149,6 +149,10 @@ fn complain_absent(key: Key) {
     kho_sys::complain("unpreserving what is not preserved", phys);
 }
 
+/// Memory below this is used by each kernel that boots on x86, whatever was preserved there
+/// (`reserve_real_mode()`).
+const LOW: u64 = if cfg!(CONFIG_X86) { 1 << 20 } else { 0 };
+
 /// Preserves memory by its physical address, all of it or nothing.
 ///
 /// # Errors
@@ -158,16 +162,7 @@ fn complain_absent(key: Key) {
 pub(crate) fn preserve_phys(phys: u64, size: usize) -> Result {
     let frames = Frames::exact(phys, size as u64).ok_or(EINVAL)?;
     // What is no RAM would make the next kernel refuse all of the handover.
-    // SAFETY: Takes any range.
-    let found = unsafe {
-        bindings::region_intersects(
-            phys,
-            size,
-            bindings::IORESOURCE_SYSTEM_RAM as usize,
-            bindings::IORES_DESC_NONE as usize,
-        )
-    };
-    if found != bindings::REGION_INTERSECTS as c_int {
+    if phys < LOW || kho_sys::ram_frames(frames) != frames.count() {
         return Err(EINVAL);
     }
     preserve_frames(frames)

@@ -235,9 +235,12 @@ fn alloc_early() -> Option<NodeAddr> {
     if next == end {
         for pages in [POOL_PAGES, 1] {
             let size = page.wrapping_mul(pages);
+            // Without kmemleak, which would not be told when a page is freed.
+            let anywhere = u64::from(bindings::MEMBLOCK_ALLOC_NOLEAKTRACE);
             // SAFETY: Early boot.
             let virt = unsafe {
-                bindings::memblock_alloc_try_nid_raw(size, page, 0, 0, bindings::NUMA_NO_NODE)
+                let none = bindings::NUMA_NO_NODE;
+                bindings::memblock_alloc_try_nid_raw(size, page, 0, anywhere, none)
             };
             if !virt.is_null() {
                 next = phys(virt);
@@ -348,6 +351,29 @@ pub(crate) unsafe fn page_frames(page: *mut bindings::page, count: usize) -> Opt
     // SAFETY: By the caller's contract.
     let pfn = unsafe { bindings::kho_glue_page_to_pfn(page) };
     Frames::new(Pfn::new(pfn as u64)?, count as u64)
+}
+
+/// Returns how many of `frames` are System RAM, as `/proc/iomem` has it.
+pub(crate) fn ram_frames(frames: Frames) -> u64 {
+    /// # Safety
+    ///
+    /// `sum` must point to a number.
+    unsafe extern "C" fn add(_pfn: usize, nr_pages: usize, sum: *mut c_void) -> c_int {
+        // SAFETY: By the contract.
+        unsafe { *sum.cast::<u64>() = (*sum.cast::<u64>()).wrapping_add(nr_pages as u64) };
+        0
+    }
+    let mut sum = 0u64;
+    // SAFETY: Takes any range; `add` gets what it needs.
+    unsafe {
+        bindings::walk_system_ram_range(
+            frames.start() as usize,
+            frames.count() as usize,
+            (&raw mut sum).cast(),
+            Some(add),
+        )
+    };
+    sum
 }
 
 /// Returns whether two frames are on the same NUMA node.

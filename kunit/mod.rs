@@ -371,6 +371,16 @@ mod pages {
             );
             // No RAM is there.
             assert_eq!(crate::kho_preserve_phys(1 << 51, size), einval);
+            // The last page of RAM, and one that is none; with mem= nothing at all is there.
+            let end = (bindings::max_pfn * size) as u64;
+            assert_eq!(
+                crate::kho_preserve_phys(end - size as u64, 2 * size),
+                einval
+            );
+            // The next kernel's trampoline goes there.
+            if cfg!(CONFIG_X86) {
+                assert_eq!(crate::kho_preserve_phys(0x1_0000, size), einval);
+            }
             assert_eq!(crate::kho_preserve_phys(phys, 2 * size), expect(Ok(())));
             assert_eq!(
                 crate::kho_preserve_phys(phys, 2 * size),
