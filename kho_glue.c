@@ -104,8 +104,12 @@ struct folio *kho_glue_init_folio(struct page *page, unsigned int order)
 	set_page_count(page, 1);
 	clear_page_tag_ref(page);
 	if (order) {
-		for (struct page *tail = page + 1; tail < page + nr_pages; tail++)
+		/* In pairs, or the loop takes longer than what it does. */
+		set_page_count(page + 1, 0);
+		for (struct page *tail = page + 2; tail < page + nr_pages; tail += 2) {
 			set_page_count(tail, 0);
+			set_page_count(tail + 1, 0);
+		}
 		prep_compound_page(page, order);
 	}
 	adjust_managed_page_count(page, nr_pages);
@@ -166,11 +170,25 @@ void __init kho_glue_free_block(unsigned long pfn, unsigned int order)
 	__free_pages_core(page, order, MEMINIT_EARLY);
 }
 
-/* Scratch does not count: only movable memory may lie there. */
-unsigned long __init kho_glue_nr_free(void)
+/* What only movable memory may use does not count: scratch and ZONE_MOVABLE. */
+unsigned long __init kho_glue_nr_free(int nid)
 {
-	return global_zone_page_state(NR_FREE_PAGES) -
-	       global_zone_page_state(NR_FREE_CMA_PAGES);
+	unsigned long pages = 0;
+	struct zone *zone;
+
+	for_each_populated_zone(zone) {
+		if (zone_idx(zone) == ZONE_MOVABLE ||
+		    (nid != NUMA_NO_NODE && zone_to_nid(zone) != nid))
+			continue;
+		pages += zone_page_state(zone, NR_FREE_PAGES) -
+			 zone_page_state(zone, NR_FREE_CMA_PAGES);
+	}
+	return pages;
+}
+
+bool __init kho_glue_is_movable(unsigned long pfn, int nid)
+{
+	return zone_spans_pfn(&NODE_DATA(nid)->node_zones[ZONE_MOVABLE], pfn);
 }
 
 void __init kho_glue_add_totalram(unsigned long nr_pages)

@@ -70,7 +70,8 @@ unsigned long kho_glue_first_deferred(int nid);
 void kho_glue_init_deferred(struct page *page, unsigned long pfn, int nid);
 void kho_glue_init_pageblocks(unsigned long pfn, unsigned long nr_pages);
 void kho_glue_free_block(unsigned long pfn, unsigned int order);
-unsigned long kho_glue_nr_free(void);
+unsigned long kho_glue_nr_free(int nid);
+bool kho_glue_is_movable(unsigned long pfn, int nid);
 void kho_glue_add_totalram(unsigned long nr_pages);
 void kho_glue_in_parallel(void (*fn)(unsigned long start, unsigned long end, void *arg),
 			  unsigned long start, unsigned long end, unsigned long align);

@@ -216,9 +216,13 @@ pub(crate) fn init_early() {
         Ok(root) => root,
         Err(error) => return refuse((error.what(), fdt)),
     };
+    // SAFETY: May be called at any time.
+    let start = unsafe { bindings::kho_glue_cycles() };
     match Takeover::read(root, Pfn::containing(fdt)) {
-        Ok(takeover) => {
+        Ok(mut takeover) => {
             extend(takeover.busy());
+            // SAFETY: As above.
+            takeover.cycles = unsafe { bindings::kho_glue_cycles() }.wrapping_sub(start);
             // SAFETY: Early boot; see the static.
             unsafe { FOUND = Some(takeover) };
         }
@@ -291,6 +295,7 @@ fn take_over(takeover: Takeover) -> Result<(), Refusal> {
     let takeover = takeover.take()?;
     // SAFETY: As above.
     let cycles = unsafe { bindings::kho_glue_cycles() }.wrapping_sub(start);
+    let cycles = cycles.wrapping_add(takeover.cycles);
 
     if let Some(pfn) = takeover.census.overlap {
         kho_sys::complain(
@@ -496,40 +501,39 @@ fn unreserved(frames: Frames) -> Frames {
     inside(at, end)
 }
 
-/// Returns how many frames outside scratch from `pfn` on nobody has reserved.
+/// Returns how many of `frames` outside scratch nobody has reserved.
 #[link_section = ".init.text"]
-pub(crate) fn free_frames(pfn: u64) -> u64 {
+pub(crate) fn free_frames(frames: Frames) -> u64 {
     let mut count = 0u64;
-    for memory in memory_frames() {
-        let mut rest = memory.tail(pfn.saturating_sub(memory.start()));
-        while let Some(free) = first_free(rest) {
-            count = count.wrapping_add(free.count());
-            rest = rest.tail(free.end().wrapping_sub(rest.start()));
-        }
+    let mut rest = frames;
+    while let Some(free) = first_free(rest) {
+        count = count.wrapping_add(free.count());
+        rest = rest.tail(free.end().wrapping_sub(rest.start()));
     }
     count
 }
 
-/// Keeps `frames` from the page allocator and from whoever initialises struct pages.
+/// Keeps `frames`, which nobody has reserved, from the page allocator and from whoever initialises
+/// struct pages.
 #[link_section = ".init.text"]
 pub(crate) fn reserve(frames: Frames) -> Result<(), Refusal> {
     if frames.count() == 0 {
         return Ok(());
     }
+    // memblock takes a flag together with a range only if no part of it has been reserved without.
+    let flags = bindings::memblock_flags_MEMBLOCK_RSRV_NOINIT;
     // SAFETY: Early boot.
     let error = unsafe {
         let none = bindings::NUMA_NO_NODE;
-        bindings::__memblock_reserve(frames.phys(), frames.bytes(), none, 0)
+        bindings::__memblock_reserve(frames.phys(), frames.bytes(), none, flags)
     };
     match error {
-        0 => mark_noinit(frames),
+        0 => Ok(()),
         error => Err(Refusal::Reserve(frames, error)),
     }
 }
 
 /// Keeps `frames`, as far as they are reserved, from whoever initialises struct pages.
-// A step of its own, because memblock does not take a range with flags of which part is reserved
-// without.
 #[link_section = ".init.text"]
 pub(crate) fn mark_noinit(frames: Frames) -> Result<(), Refusal> {
     // SAFETY: Early boot.

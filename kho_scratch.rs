@@ -313,8 +313,15 @@ pub(crate) fn free() {
     for area in kho_sys::scratch() {
         let start = kho_sys::virt::<u8>(area.addr);
         let end = start.wrapping_add(area.size as usize).cast();
-        // SAFETY: The area is reserved memory that nobody uses.
-        unsafe { bindings::free_reserved_area(start.cast(), end, -1, c"".as_char_ptr()) };
+        let pfn = Pfn::containing(area.addr).get();
+        // Where struct pages were deferred, page blocks are those of scratch already. As for
+        // kmemleak, see above.
+        // SAFETY: The area is reserved memory of whole page blocks that nobody uses.
+        unsafe {
+            bindings::kho_glue_kmemleak_ignore(area.addr);
+            bindings::kho_glue_init_pageblocks(pfn as usize, (area.size >> PAGE_SHIFT) as usize);
+            bindings::free_reserved_area(start.cast(), end, -1, c"".as_char_ptr());
+        }
     }
     // SAFETY: KHO is off from now on, and nobody looks at the table.
     unsafe { bindings::kho_scratch_cnt = 0 };

@@ -469,6 +469,17 @@ fn add_row<S: NodeMem>(set: &Tree<S>, row: Range<u64>) -> Result<(), NoMemory> {
     Ok(())
 }
 
+/// Makes the leaves that have room for the keys of `run`.
+#[link_section = ".init.text"]
+pub(crate) fn make_room<S: NodeMem>(set: &Tree<S>, run: Run) -> Result<(), NoMemory> {
+    let first = run.first.get();
+    let last = first.wrapping_add(run.count).wrapping_sub(1);
+    for leaf in first / LEAF_SIZE..=last / LEAF_SIZE {
+        set.leaf(Key::of_frame(leaf.wrapping_mul(LEAF_SIZE)))?;
+    }
+    Ok(())
+}
+
 /// Makes `grains` coarser, by adding neighbours, until they make up no more than `limit` runs.
 ///
 /// Why: each run costs memblock time in proportion to how many it has already.

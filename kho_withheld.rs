@@ -104,6 +104,10 @@ const FLOOR: u64 = (128 << 20) >> PAGE_SHIFT;
 /// one byte in 680 from the page allocator until then, and are smaller for good without.
 const FLOOR_SHARE: u64 = 256;
 
+/// Frames that must be free on each node with memory, or the slab allocator puts what belongs to it
+/// on another one for good: 1 MiB.
+const FLOOR_NODE: u64 = (1 << 20) >> PAGE_SHIFT;
+
 /// How many of them must be free right away, before more struct pages are initialised: 8 MiB.
 const FLOOR_NOW: u64 = (8 << 20) >> PAGE_SHIFT;
 
@@ -124,6 +128,8 @@ pub(crate) struct Takeover {
     pub(crate) census: Census,
     /// Ranges of preserved memory.
     pub(crate) ranges: u64,
+    /// How long it took to read, by the counter of cycles.
+    pub(crate) cycles: u64,
     /// Frames of the tree's nodes that are nothing else.
     nodes: Set,
     /// Frames of grains that are not given back: preserved, nodes, or others'.
@@ -232,6 +238,7 @@ impl Takeover {
             tree: Tree::from_root(unsafe { Direct::new() }, root),
             census: Census::default(),
             ranges: 0,
+            cycles: 0,
             nodes: new_set()?,
             held: new_set()?,
             closed: new_set()?,
@@ -264,6 +271,13 @@ impl Takeover {
             }
         }
         self.ranges = kho_takeover::grains(&self.held, GRAIN, &self.closed)?;
+        kho_takeover::coarsen(&self.closed, MOST_REGIONS)?;
+        // From here on nothing may fail for lack of memory, as far as that can be avoided: what is
+        // sorted later finds its leaves.
+        for run in self.closed.runs_between(ALL) {
+            kho_takeover::make_room(&self.raw, run)?;
+            kho_takeover::make_room(&self.mixed, run)?;
+        }
         Ok(())
     }
 
@@ -309,26 +323,26 @@ impl Takeover {
 
     /// Sorts the grains and reserves them, in ascending order. `reached` is the frame up to which
     /// that went well.
+    ///
+    /// What is found free is reserved before anything is allocated, which might come from there.
     #[link_section = ".init.text"]
     fn reserve(&self, reached: &mut u64) -> Result<(), Refusal> {
-        kho_takeover::coarsen(&self.closed, MOST_REGIONS)?;
         for frames in frames_of(&self.closed) {
             let mut rest = frames;
             while rest.count() > 0 {
                 *reached = rest.start();
                 let free = kho_memblock::first_free(rest).unwrap_or(rest.tail(rest.count()));
                 let whole = grains_inside(free);
-                let end = match whole.count() {
-                    0 => grains_around(free.end()).max(rest.start().wrapping_add(1)),
-                    _ => whole.start(),
-                };
-                for number in grain_numbers(rest.head(end.wrapping_sub(rest.start()))) {
-                    self.mix(number)?;
+                if whole.count() > 0 && whole.start() == rest.start() {
+                    kho_memblock::reserve(whole)?;
+                    *reached = whole.end();
+                    self.note_raw(whole)?;
+                    rest = rest.tail(whole.count());
+                } else {
+                    // A run of grains starts with one.
+                    self.mix(rest.start() >> GRAIN.get())?;
+                    rest = rest.tail(GRAIN.pages());
                 }
-                kho_memblock::reserve(whole)?;
-                self.note_raw(whole)?;
-                let done = whole.end().max(grains_around(end));
-                rest = rest.tail(done.wrapping_sub(rest.start()));
             }
         }
         Ok(())
@@ -357,6 +371,9 @@ impl Takeover {
         let (key, grain) = (Key::of_frame(number), grain_frames(number));
         self.closed.remove(key);
         self.mixed.add(key)?;
+        // A grain has one leaf: filling it needs no memory, which might come from what is found
+        // free.
+        self.held.leaf(Key::of_frame(grain.start()))?;
         // Memory that was preserved may be reserved already, by a user who knows where it is.
         for frames in runs_in(&self.held, grain) {
             if kho_memblock::is_reserved(frames) {
@@ -454,22 +471,49 @@ impl Takeover {
     /// are open.
     #[link_section = ".init.text"]
     fn open_some(&self) {
-        let deferred = kho_memblock::free_frames(first_deferred());
+        let all = cfg!(not(CONFIG_DEFERRED_STRUCT_PAGE_INIT));
+        let deferred = deferred_free();
         let floor = FLOOR.max(Memblock.ram_end() / FLOOR_SHARE);
         for frames in frames_of(&self.closed) {
             for number in grain_numbers(frames) {
-                // SAFETY: There is a page allocator.
-                let now = unsafe { bindings::kho_glue_nr_free() as u64 };
+                let now = nr_free(bindings::NUMA_NO_NODE);
                 let enough = now >= FLOOR_NOW && now.saturating_add(deferred) >= floor;
-                let all = cfg!(not(CONFIG_DEFERRED_STRUCT_PAGE_INIT));
                 if enough && !all {
+                    for nid in kho_scratch::Nodes::all() {
+                        self.open_for(nid);
+                    }
                     return;
                 }
-                if all || self.has_gap(number) {
+                if all || self.is_useful(number) {
                     self.open(number);
                 }
             }
         }
+    }
+
+    /// Opens grains of a node until it has some free memory, or all its grains are open.
+    #[link_section = ".init.text"]
+    fn open_for(&self, nid: c_int) {
+        if nr_free(nid) >= FLOOR_NODE {
+            return;
+        }
+        for frames in frames_of(&self.closed) {
+            for number in grain_numbers(frames) {
+                if nid_of(grain_frames(number).start()) == nid && self.is_useful(number) {
+                    self.open(number);
+                    if nr_free(nid) >= FLOOR_NODE {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Returns whether a grain has anything to give back that may be used for more than movable
+    /// memory.
+    #[link_section = ".init.text"]
+    fn is_useful(&self, number: u64) -> bool {
+        self.has_gap(number) && !is_movable(grain_frames(number))
     }
 
     /// Returns whether anything would be given back of a grain.
@@ -515,6 +559,38 @@ impl Takeover {
         add_memory(count);
         self.forget();
     }
+}
+
+/// Returns how many frames of a node, or of all, are free for any use.
+#[link_section = ".init.text"]
+fn nr_free(nid: c_int) -> u64 {
+    // SAFETY: There is a page allocator.
+    unsafe { bindings::kho_glue_nr_free(nid) as u64 }
+}
+
+/// Returns whether the first of `frames` is for movable memory only.
+#[link_section = ".init.text"]
+fn is_movable(frames: Frames) -> bool {
+    // SAFETY: Early boot, and it is RAM.
+    unsafe { bindings::kho_glue_is_movable(frames.start() as usize, nid_of(frames.start())) }
+}
+
+/// Returns how many frames deferred initialisation will free for any use.
+#[link_section = ".init.text"]
+fn deferred_free() -> u64 {
+    let mut count = 0u64;
+    for memory in kho_memblock::memory_frames() {
+        if memory.count() > 0 {
+            // SAFETY: Early boot. A region of memory is on one node.
+            let from = unsafe { bindings::kho_glue_first_deferred(nid_of(memory.start())) } as u64;
+            let deferred = memory.tail(from.saturating_sub(memory.start()));
+            // Only the last zone of a node is deferred.
+            if deferred.count() > 0 && !is_movable(deferred) {
+                count = count.wrapping_add(kho_memblock::free_frames(deferred));
+            }
+        }
+    }
+    count
 }
 
 /// Returns the first frame of all nodes whose struct page is not initialised yet.

@@ -9,6 +9,7 @@ use super::super::kho_key::{
 };
 use super::super::kho_radix::{
     NoMemory,
+    Run,
     Tree, //
 };
 use super::super::kho_range::Frames;
@@ -16,6 +17,7 @@ use super::super::kho_takeover::{
     coarsen,
     grains,
     keys,
+    make_room,
     Gaps, //
 };
 use super::super::PAGE_SHIFT;
@@ -434,4 +436,37 @@ fn keys_of_ranges_in_a_row() {
     }
     met.sort_unstable();
     assert!(met.iter().eq(&blocks));
+}
+
+/// Where room was made for a run, adding any key of it needs no memory.
+#[test]
+fn room_is_made() {
+    for (first, count) in [
+        (0, 1),
+        (5, 3),
+        (LEAF - 1, 1),
+        (LEAF - 1, 2),
+        (3 * LEAF, LEAF),
+        (LEAF + 7, 3 * LEAF),
+    ] {
+        let mem = Mem::new();
+        let set = Tree::new(&mem).unwrap();
+        let run = Run {
+            first: key(first),
+            count,
+        };
+        make_room(&set, run).unwrap();
+        let room = abi::walk(&mem, set.root().get());
+        assert_eq!(room.1, [], "there are keys");
+        mem.budget.store(0, SeqCst);
+        for number in [first, first + count / 2, first + count - 1] {
+            assert!(set.add(key(number)).is_ok());
+            assert!(set.contains(key(number)));
+        }
+        assert_eq!(mem.live(), room.0.len());
+        // No more room than that.
+        let ends = [first, first + count - 1].map(|number| number / LEAF);
+        let leaves = room.0.iter().filter(|(_, level, _)| *level == 0).count();
+        assert_eq!(leaves as u64, ends[1] - ends[0] + 1);
+    }
 }
