@@ -350,9 +350,10 @@ class Guest:
             (self.share / f"stage{number}.sh").write_text(script + "\n")
         (self.share / "manifest").write_text(
             "".join(f"{digest} {size} {name}\n" for name, size, digest in self.manifest))
+        again = cmdline if again is None else again
         if os.environ.get("KHO_BREAK"):
-            cmdline += " kho_break=1"
-        (self.share / "cmdline").write_text(f"{CMDLINE} {cmdline if again is None else again}")
+            cmdline, again = (f"{args} kho_break=1" for args in (cmdline, again))
+        (self.share / "cmdline").write_text(f"{CMDLINE} {again}")
         initrd(self.share / "initrd", **self.programs)
         return qemu(self.log, self.kernel, self.share / "initrd", f"{cmdline} kho_stage=1",
                     share=self.share, **options)

@@ -3,8 +3,10 @@
  * What a shell cannot do in the guest: live update sessions and kexec.
  *
  *   preserve SESSION DIR   memfd 0 = DIR/manifest, memfd N = DIR/N
- *   scatter SESSION DIR    the same with gaps between the pages, and one page
- *                          more; writes where they are to DIR/frames
+ *   whole SESSION DIR      the same; writes where the pages are to DIR/frames
+ *   scatter SESSION DIR [PAGES]
+ *                          that, with gaps between the pages, small ones or of
+ *                          so many, and one page more
  *   waiting DIR            what /proc/kpageflags says of the memory there
  *   owned DIR              what page owner says of it
  *   retrieve SESSION       take the session back, print what it holds
@@ -13,8 +15,8 @@
  *   load IMAGE INITRD ARGS load the next kernel
  *   kexec                  start it
  *
- * The manifest has one line per file.  preserve, scatter and renew leave a
- * process behind that holds the session open, for closing it gives it up.
+ * The manifest has one line per file.  preserve, whole, scatter and renew leave
+ * a process behind that holds the session open, for closing it gives it up.
  */
 #define _GNU_SOURCE
 #include <err.h>
@@ -98,10 +100,12 @@ static void leave_gap(int gaps, long pages)
 		err(1, "gap");
 }
 
-/* As much as lies between two pages that will not be free. */
+/* As much as lies between two pages that will not be free, if it is the same. */
+static long even_gap;
+
 static long small_gap(void)
 {
-	return 1 + random() % 7;
+	return even_gap ?: 1 + random() % 7;
 }
 
 /* gaps: a file for the memory that is to lie between the pages, or -1. */
@@ -203,7 +207,7 @@ static int load_files(const char *dir, int gaps)
 		if (gaps >= 0 && sched_setaffinity(0, sizeof(cpu), &cpu))
 			err(1, "processor");
 		/* The first file lies low, the last one above this. */
-		if (gaps >= 0 && i == count)
+		if (gaps >= 0 && i == count && !even_gap)
 			leave_gap(gaps, LARGE_GAP);
 		snprintf(file, sizeof(file), "%d", i);
 		fds[i] = load_file(dir, file, gaps);
@@ -264,6 +268,19 @@ static void write_frames(int fd, FILE *frames)
 	if (st.st_size)
 		munmap(mem, st.st_size);
 	close(map);
+}
+
+static void whole(const char *name, const char *dir)
+{
+	int count = load_files(dir, -1);
+	FILE *frames = open_frames(dir, "w");
+
+	preserve_files(name, count);
+	for (int i = 1; i <= count; i++)
+		write_frames(fds[i], frames);
+	if (fclose(frames))
+		err(1, "frames");
+	hold();
 }
 
 static void scatter(const char *name, const char *dir)
@@ -436,8 +453,12 @@ int main(int argc, char *argv[])
 
 	if (!strcmp(cmd, "preserve") && argc == 4)
 		preserve(argv[2], argv[3]);
-	else if (!strcmp(cmd, "scatter") && argc == 4)
+	else if (!strcmp(cmd, "whole") && argc == 4)
+		whole(argv[2], argv[3]);
+	else if (!strcmp(cmd, "scatter") && (argc == 4 || argc == 5)) {
+		even_gap = argc == 5 ? atol(argv[4]) : 0;
 		scatter(argv[2], argv[3]);
+	}
 	else if (!strcmp(cmd, "owned") && argc == 3)
 		print_owned(argv[2]);
 	else if (!strcmp(cmd, "waiting") && argc == 3)
