@@ -17,17 +17,19 @@ ifneq ($(CACHE),)
 export CACHE
 endif
 
-.PHONY: help prepare kernel run test bench bench-host install uninstall clean
+.PHONY: help prepare kernel run test bench bench-full bench-host install uninstall clean
 
 help:
 	@echo 'make run        build a kernel and hand real data over to it by kexec'
 	@echo '                  FILES="a b"  the files to carry (default: the kernel, README.md)'
 	@echo '                  MEM=2G       memory of the guest'
 	@echo 'make test       everything: host tests, KUnit, kexec tests, checks'
-	@echo 'make bench      measure C and Rust in guests: a table, JSON, drawings'
+	@echo 'make bench      measure C and Rust in guests, and the tree on the host:'
+	@echo '                  tables, JSON, drawings; about an hour'
 	@echo '                  ARCHS="x86_64 arm64" COMPILERS="gcc llvm"'
 	@echo '                  CONFIGS="debug production" WORKLOADS="scattered-0 million ..."'
 	@echo '                  OUT=<dir>    where the results go, too'
+	@echo 'make bench-full the same with every one of these words: a day or so'
 	@echo 'make bench-host measure the tree natively: nanoseconds, and scaling with threads'
 	@echo 'make kernel     build the kernel only'
 	@echo 'make install    put the implementation into the tree KDIR'
@@ -58,6 +60,12 @@ test: prepare
 
 bench: prepare
 	@scripts/bench $(if $(OUT),--out '$(OUT)')
+
+bench-full: export ARCHS = x86_64 arm64
+bench-full: export COMPILERS = gcc llvm
+bench-full: export CONFIGS = debug production
+bench-full: export WORKLOADS = all
+bench-full: bench
 
 bench-host:
 	@scripts/root

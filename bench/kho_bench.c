@@ -6,6 +6,7 @@
  *   kho_bench=adjacent,ORDER,COUNT   folios, next to each other as the page
  *                                    allocator gives them
  *   kho_bench=scattered,ORDER,COUNT  every second one of twice as many
+ *   kho_bench=random,ORDER,COUNT     the same, preserved in random order
  *   kho_bench=sparse,0,COUNT         the first page of every second one of the
  *                                    page allocator's largest blocks
  *   kho_bench=range,SKIP,PAGES       contiguous pages, that many after an
@@ -46,12 +47,13 @@
 #define BENCH_MIXED	UINT_MAX
 #define BENCH_ROUNDS	3
 
-enum bench_kind { COLD, ADJACENT, SCATTERED, SPARSE, RANGE, VMALLOC };
+enum bench_kind { COLD, ADJACENT, SCATTERED, RANDOM, SPARSE, RANGE, VMALLOC };
 
 static const char * const kind_names[] = {
 	[COLD] = "cold",
 	[ADJACENT] = "adjacent",
 	[SCATTERED] = "scattered",
+	[RANDOM] = "random",
 	[SPARSE] = "sparse",
 	[RANGE] = "range",
 	[VMALLOC] = "vmalloc",
@@ -201,6 +203,19 @@ static void __init thin_out(void)
 	}
 }
 
+/* The same order each time. */
+static void __init shuffle_folios(void)
+{
+	u64 random = BENCH_MAGIC;
+
+	for (unsigned long i = count; i > 1; i--) {
+		random ^= random << 13;
+		random ^= random >> 7;
+		random ^= random << 17;
+		swap(folios[i - 1], folios[random % i]);
+	}
+}
+
 static struct folio *__init alloc_one(unsigned long index)
 {
 	if (kind != SPARSE)
@@ -211,7 +226,7 @@ static struct folio *__init alloc_one(unsigned long index)
 
 static int __init alloc_folios(void)
 {
-	bool pairs = kind == SCATTERED || kind == SPARSE;
+	bool pairs = kind == SCATTERED || kind == RANDOM || kind == SPARSE;
 	unsigned long number = pairs ? 2 * count : count;
 	unsigned long runs = 0, end = 0;
 
@@ -226,7 +241,7 @@ static int __init alloc_folios(void)
 		cond_resched();
 	}
 	sort(folios, number, sizeof(*folios), by_address, NULL);
-	if (kind == SCATTERED)
+	if (kind == SCATTERED || kind == RANDOM)
 		scatter_folios();
 	if (kind == SPARSE)
 		thin_out();
@@ -239,12 +254,16 @@ static int __init alloc_folios(void)
 		end = pfn + folio_nr_pages(folios[i]);
 	}
 	report("runs", 0, runs);
+	if (kind == RANDOM)
+		shuffle_folios();
 	return 0;
 }
 
 static int __init alloc_range(void)
 {
-	range = alloc_contig_pages(order + count, GFP_KERNEL, first_memory_node, NULL);
+	/* Only what is a power of two is aligned to its size. */
+	range = alloc_contig_pages(roundup_pow_of_two(order + count), GFP_KERNEL,
+				   first_memory_node, NULL);
 	if (!range)
 		return -ENOMEM;
 	range += order;
@@ -441,9 +460,9 @@ static unsigned long __init peer_free(struct peer_page *page)
 static int __init measure_peer(void)
 {
 	struct peer_page *first = NULL;
+	u64 ticks, unpreserve = U64_MAX, represerve = U64_MAX;
 	unsigned long pages = 0;
 	int err = 0;
-	u64 ticks;
 
 	ticks = ticks_of({
 		for (unsigned long i = 0; i < count && !err; i++)
@@ -452,16 +471,20 @@ static int __init measure_peer(void)
 	if (err)
 		return err;
 	report("peer_preserve", ticks, count);
-	ticks = ticks_of({
-		for (unsigned long i = 0; i < count; i++)
-			peer_unpreserve(folios[i]);
-	});
-	report("peer_unpreserve", ticks, count);
-	ticks = ticks_of({
-		for (unsigned long i = 0; i < count && !err; i++)
-			err = peer_preserve(folios[i]);
-	});
-	report("peer_represerve", ticks, count);
+	for (int round = 0; round < BENCH_ROUNDS; round++) {
+		unpreserve = min(unpreserve, ticks_of({
+			for (unsigned long i = 0; i < count; i++)
+				peer_unpreserve(folios[i]);
+		}));
+		represerve = min(represerve, ticks_of({
+			for (unsigned long i = 0; i < count && !err; i++)
+				err = peer_preserve(folios[i]);
+		}));
+		if (err)
+			return err;
+	}
+	report("peer_unpreserve", unpreserve, count);
+	report("peer_represerve", represerve, count);
 	ticks = ticks_of(pages = peer_serialise(&first));
 	if (!pages)
 		return -ENOMEM;
@@ -536,6 +559,10 @@ static int __init measure_preserve(void)
 	}
 	report("unpreserve", unpreserve, count);
 	report("represerve", represerve, count);
+#ifdef CONFIG_KEXEC_HANDOVER_RUST
+	/* What giving up memory may lead to, where all nodes are in use. */
+	report("prune", ticks_of(kho_rs_prune()), count);
+#endif
 	return hand_over();
 }
 

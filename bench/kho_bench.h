@@ -51,4 +51,9 @@ do {								\
 
 #endif /* CONFIG_KEXEC_HANDOVER_BENCH */
 
+#ifdef CONFIG_KEXEC_HANDOVER_RUST
+/* What its delayed work does. */
+void kho_rs_prune(void);
+#endif
+
 #endif /* _LINUX_KHO_BENCH_H */

@@ -3,12 +3,13 @@
 
   run OUT        boots every guest that is asked for, writes OUT/bench.json
   table OUT      prints what OUT/bench.json has, as one table
-  rst OUT        prints the same as reStructuredText
+  rst OUT        prints the tables of Documentation/rust-benchmark.rst
   plot OUT       draws it, as OUT/*.svg and OUT/*.png
 
 Guests run under "-icount shift=0": one instruction takes one nanosecond, and
 the counter that the kernel reads counts instructions.  So figures do not depend
-on the host, and are the same each time.
+on the host, and are the same each time.  The exception is "cpus", which is about
+time.
 """
 import concurrent.futures
 import datetime
@@ -33,13 +34,15 @@ SMALL = ("adjacent", "0", 10)
 # Nothing from outside gets in: no time of day, and no random numbers but the same ones.
 ICOUNT = ["-accel", "tcg", "-icount", "shift=0,sleep=off", "-seed", "1",
           "-rtc", "base=2026-01-01T00:00:00,clock=vm"]
+# As fast as it goes, on a processor of the host for each of the guest's.
+REAL_TIME = ["-accel", "tcg,thread=multi"]
 MACHINES = {
     # (QEMU and the machine, the console)
-    "x86_64": (["qemu-system-x86_64", *ICOUNT], "ttyS0"),
-    "arm64": (["qemu-system-aarch64", "-M", "virt", "-cpu", "max,pauth=off", *ICOUNT], "ttyAMA0"),
+    "x86_64": (["qemu-system-x86_64"], "ttyS0"),
+    "arm64": (["qemu-system-aarch64", "-M", "virt", "-cpu", "max,pauth=off"], "ttyAMA0"),
 }
 # C is quadratic in scattered folios: some 22 instructions times their number squared.
-BEARABLE = 24_000
+BEARABLE = 60_000
 PATIENCE = int(os.environ.get("PATIENCE", "3600"))
 
 # name: (kind, order, {counts}, memory); counts for C that are not bearable are left out.
@@ -50,8 +53,10 @@ WORKLOADS = {
     "adjacent-2": ("adjacent", "2", (1_000, 50_000), "2G"),
     "scattered-9": ("scattered", "9", (50, 200), "2G"),
     "adjacent-9": ("adjacent", "9", (100, 300), "2G"),
+    "huge": ("adjacent", "9", (1_000, 4_000), "12G"),
+    "random-0": ("random", "0", (20_000,), "2G"),
     "scattered-mixed": ("scattered", "mixed", (1_000, 20_000), "2G"),
-    "sparse": ("sparse", "0", (200, 1_000, 1_200), "12G"),
+    "sparse": ("sparse", "0", (60, 240, 1_000), "12G"),
     "range": ("range", "0", (262_144,), "4G"),
     "range-odd": ("range", "1", (262_142,), "4G"),
     "vmalloc": ("vmalloc", "0", (262_144,), "4G"),
@@ -59,9 +64,12 @@ WORKLOADS = {
     "memfd": ("memfd", "0", (262_144,), "4G"),
     "memfd-huge": ("memfd", "9", (262_144,), "4G"),
     "million": ("scattered", "0", (50_000, 200_000, 1_000_000), "12G"),
+    "million-adjacent": ("adjacent", "0", (1_000_000,), "12G"),
+    # Both with the same memory, on one processor and on two.
+    "cpus": ("cpus", "9", (4_000,), "12G"),
     "cold": ("cold", "0", (0,), ("512M", "1G", "4G", "12G")),
 }
-DEFAULT = [name for name in WORKLOADS if name != "million"]
+DEFAULT = [name for name in WORKLOADS if not name.startswith("million")]
 
 
 # Guests.
@@ -81,9 +89,13 @@ def initramfs(path, arch, next_kernel=None, cmdline=None):
     return cpio.write(path)
 
 
-def boot(log, arch, kernel, mem, cmdline, kernels):
-    """Boots a guest and returns the figures that each of its kernels reported."""
+def boot(log, arch, kernel, mem, cmdline, kernels, cpus=0):
+    """Boots a guest and returns the figures that each of its kernels reported.
+
+    cpus: so many processors, in real time; else one, which counts instructions.
+    """
     machine, console = MACHINES[arch]
+    machine = [*machine, *(REAL_TIME if cpus else ICOUNT)]
     base = f"console={console} panic=-1 nokaslr initramfs_async=0"
     with tempfile.TemporaryDirectory(dir=g.WORK) as work:
         image = Path(work, "initramfs")
@@ -91,7 +103,8 @@ def boot(log, arch, kernel, mem, cmdline, kernels):
             initramfs(image, arch, kernel, f"{base} {cmdline}")
         else:
             initramfs(image, arch)
-        run = g.qemu(log, kernel, image, cmdline, mem=mem, timeout=PATIENCE, machine=machine, base=base)
+        run = g.qemu(log, kernel, image, cmdline, mem=mem, timeout=PATIENCE, machine=machine, base=base,
+                     smp=cpus or 1)
     run.expect(kernels)
     figures = []
     for number, text in enumerate(run.kernels, 1):
@@ -127,6 +140,9 @@ def one(context, kind, order, count, mem):
             for found in figures:
                 if "memfd_done" not in found:
                     raise Fail("no memfd was preserved or retrieved")
+        elif kind.startswith("cpus-"):
+            figures = boot(log, arch, kernel, mem, f"kho=on liveupdate=on kho_bench=adjacent,{order},{count}",
+                           2, cpus=int(kind.removeprefix("cpus-")))
         else:
             peer = " kho_bench_peer" if impl == "c" else ""
             figures = boot(log, arch, kernel, mem,
@@ -154,12 +170,18 @@ def image(context):
     """Says which kernel and guest that was: the same ones give the same figures again."""
     arch, kernel = context[0], context[4]
     digest = hashlib.sha256(Path(kernel).read_bytes())
-    digest.update(repr((bench_init(arch).name, MACHINES[arch])).encode())
+    digest.update(repr((bench_init(arch).name, MACHINES[arch], ICOUNT, qemu_version(arch))).encode())
     return digest.hexdigest()[:16]
 
 
-def bearable(impl, kind, order, count):
-    return impl != "c" or kind != "scattered" or count <= BEARABLE
+@functools.cache
+def qemu_version(arch):
+    return subprocess.check_output([MACHINES[arch][0][0], "--version"], text=True).splitlines()[0]
+
+
+def wanted(impl, kind, count):
+    """C is not asked for what would take hours, nor for what it has no part of."""
+    return impl != "c" or (count <= BEARABLE if kind in ("scattered", "random") else not kind.startswith("cpus"))
 
 
 def plan(names):
@@ -171,6 +193,9 @@ def plan(names):
             if kind == "cold":
                 guests += [("cold", "0", 0, size), ("cold-off", "0", 0, size)]
                 continue
+            if kind == "cpus":
+                guests += [(f"cpus-{cpus}", order, *counts, size) for cpus in (1, 2)]
+                continue
             if (*SMALL, size) not in guests:
                 guests.append((*SMALL, size))
             guests += [(kind, order, count, size) for count in counts]
@@ -180,34 +205,38 @@ def plan(names):
 def main_run(out):
     """Environment: KERNELS, words ARCH:COMPILER:CONFIG:IMPL:PATH; WORKLOADS."""
     names = os.environ.get("WORKLOADS", "").split() or DEFAULT
+    if names == ["all"]:
+        names = list(WORKLOADS)
     for name in names:
         if name not in WORKLOADS:
             raise Fail(f"no workload {name}: {' '.join(WORKLOADS)}")
     kernels = [tuple(word.split(":", 4)) for word in os.environ["KERNELS"].split()]
     g.WORK.mkdir(exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
-    done = {"date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-            "machine": machine(), "versions": versions(), "records": []}
     path = out / "bench.json"
-    if path.exists():
-        done["records"] = json.loads(path.read_text())["records"]
+    done = json.loads(path.read_text()) if path.exists() else {"runs": {}, "records": []}
+    date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+    run = f"{date}, commit {os.environ.get('COMMIT') or 'unknown'}"
+    done["runs"][run] = {"machine": machine(), **versions()}
     # What was measured with the same kernels is not measured again, and what was measured with
     # other ones is not mixed with it.
     images = {kernel[:4]: image(kernel) for kernel in kernels}
     done["records"] = [old for old in done["records"]
                        if images.get(tuple(old[key] for key in KEYS[:4]), old["image"]) == old["image"]]
+    used = {run, *(old["run"] for old in done["records"])}
+    done["runs"] = {name: what for name, what in done["runs"].items() if name in used}
     known = [tuple(old[key] for key in KEYS) for old in done["records"]]
     # What is measured does not depend on the host, so neither on another guest there.
     guests = [(kernel, *guest) for variant in dict.fromkeys(kernel[:3] for kernel in kernels)
               for guest in plan(names) for kernel in kernels
-              if kernel[:3] == variant and bearable(kernel[3], *guest[:3])
+              if kernel[:3] == variant and wanted(kernel[3], guest[0], guest[2])
               and (*kernel[:4], *guest) not in known]
     large = [guest for guest in guests if g.megabytes(guest[-1]) > 4096]
     for some, workers in ([guest for guest in guests if guest not in large], int(os.environ["JOBS"])), \
             (large, 1):
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
             for record in pool.map(lambda guest: one(*guest), some):
-                done["records"].append(record)
+                done["records"].append({**record, "run": run})
                 path.write_text(json.dumps(done, indent=1) + "\n")
 
 
@@ -222,9 +251,8 @@ def versions():
         if not shutil.which(command[0]):
             return None
         return subprocess.check_output(command, text=True).splitlines()[0]
-    return {"linux": g.SRC.name.removeprefix("linux-"), "commit": os.environ.get("COMMIT", ""),
-            "gcc": first("gcc", "--version"), "clang": first("clang", "--version"),
-            "rustc": first("rustc", "--version"), "qemu": first("qemu-system-x86_64", "--version")}
+    return {"linux": g.SRC.name.removeprefix("linux-"), "gcc": first("gcc", "--version"),
+            "clang": first("clang", "--version"), "rustc": first("rustc", "--version"), "qemu": first("qemu-system-x86_64", "--version")}
 
 
 # What the figures say.
@@ -236,6 +264,11 @@ class Results:
         self.data = json.loads(path.read_text())
         self.by_key = {tuple(record[key] for key in KEYS): record["kernels"]
                        for record in self.data["records"]}
+        # By variant and implementation: when that was measured, and of which commit.
+        self.runs = {}
+        for record in self.data["records"]:
+            self.runs.setdefault(tuple(record[key] for key in KEYS[:4]), set()).add(record["run"])
+        self.linux = " and ".join(sorted({run["linux"] for run in self.data["runs"].values()}))
         self.variants = sorted({key[:3] for key in self.by_key}, key=lambda variant: (
             list(MACHINES).index(variant[0]), variant[1], variant[2]))
 
@@ -255,7 +288,7 @@ class Results:
     def extrapolated(self, variant, case, what):
         """For a C kernel that was not run: a square law through the two largest counts that were."""
         kind, order, count, mem = case
-        if kind != "scattered":
+        if kind not in ("scattered", "random"):
             return None
         # A count may have been measured with less memory, which this does not depend on.
         known = {}
@@ -284,6 +317,7 @@ BOOT_COSTS = (
     ("before SMP", ("before_smp",)),
     ("late", ("page_alloc_init_late",)),
     ("whole boot", ("boot",)),
+    ("all of KHO's part", (*TAKEOVER, "kho_memory_init_free", "kho_memory_init_late")),
 )
 # (title, name, kernel)
 CALL_COSTS = (
@@ -293,6 +327,7 @@ CALL_COSTS = (
     ("restore", "restore", 2),
     ("preserve", "memfd_preserve", 1),
     ("retrieve", "memfd_retrieve", 2),
+    ("prune, nothing to free", "prune", 1),
 )
 PEER_COSTS = (
     ("xarray: preserve, first", "peer_preserve"),
@@ -312,7 +347,7 @@ def rows(results, variant):
                 yield f"10 folios, {mem}", title, "in all", c, "", rust
     seen = set()
     for kind, order, _, _ in WORKLOADS.values():
-        if kind == "cold" or (kind, order) in seen:
+        if kind in ("cold", "cpus") or (kind, order) in seen:
             continue
         seen.add((kind, order))
         for case in results.cases(variant, kind, order):
@@ -321,7 +356,7 @@ def rows(results, variant):
                      "memfd": "pages of a memfd"}.get(kind, f"{kind} of order {order}")
             more = {("vmalloc", "9"): ", huge", ("memfd", "9"): ", huge", ("range", "1"): ", not aligned"}
             name = f"{count} {words}{more.get((kind, order), '')}, {case[3]}"
-            unit, number_of = ("per folio", count) if kind in ("adjacent", "scattered", "sparse") else ("in all", 1)
+            unit, number_of = ("per folio", count) if kind in FOLIOS else ("in all", 1)
             for title, what in BOOT_COSTS:
                 c = results.over_small(variant, "c", case, what)
                 rust = results.over_small(variant, "rust", case, what)
@@ -332,16 +367,32 @@ def rows(results, variant):
                     yield name, title, unit, per(c, number_of), mark, per(rust, number_of)
             for title, what, kernel in CALL_COSTS:
                 c, rust = (results.ticks(variant, impl, case, (what,), kernel) for impl in ("c", "rust"))
-                if c is not None or rust is not None:
+                if what == "prune" and rust is not None:
+                    yield name, title, "in all", None, "", rust
+                elif c is not None or rust is not None:
                     yield name, title, unit, per(c, number_of), "", per(rust, number_of)
             for title, what in PEER_COSTS:
                 peer = results.ticks(variant, "c", case, (what,), 1)
                 if peer is not None:
                     yield name, title, unit, per(peer, number_of), "", None
+    faster = on_two_cpus(results, variant)
+    if faster:
+        yield "4000 adjacent of order 9, 12G", "late on 2 CPUs, in time", "x 1 CPU", None, "", faster
     for mem in memories:
         kept = [kept_from_cold(results, variant, impl, mem) for impl in ("c", "rust")]
         if any(kept):
             yield f"cold guest, {mem}", "memory kept by kho=on", "KiB", kept[0], "", kept[1]
+
+
+# Kinds that consist of folios.
+FOLIOS = ("adjacent", "scattered", "random", "sparse")
+
+
+def on_two_cpus(results, variant):
+    """How many times as fast as one processor two of them are after takeover."""
+    one, two = (results.ticks(variant, "rust", (f"cpus-{cpus}", "9", 4_000, "12G"), ("kho_memory_init_late",), 2)
+                for cpus in (1, 2))
+    return one / two if one and two else None
 
 
 def per(value, count):
@@ -369,10 +420,14 @@ def ratio(c, rust):
 
 
 def header(results):
-    versions = results.data["versions"]
-    return [f"Linux {versions['linux']}, commit {versions['commit']}, {results.data['date']}, "
-            f"{results.data['machine']}", *(versions[name] for name in ("gcc", "clang", "rustc", "qemu")
-                                            if versions[name])]
+    """What was measured, when, and on what."""
+    for name, run in results.data["runs"].items():
+        yield f"{name}: Linux {run['linux']}, {run['machine']}"
+        yield from (f"    {run[tool]}" for tool in ("gcc", "clang", "rustc", "qemu") if run[tool])
+    for variant in results.variants:
+        for impl in "c", "rust":
+            if (*variant, impl) in results.runs:
+                yield f"{' '.join(variant)} {impl}: {'; '.join(sorted(results.runs[(*variant, impl)]))}"
 
 
 HEADINGS = ("workload", "what", "unit", "C", "Rust", "C / Rust")
@@ -396,15 +451,136 @@ def main_table(out):
                             for i, (cell, width) in enumerate(zip(row, widths))).rstrip())
 
 
+# The tables of the documentation: (label, case, what), and whether the figure is for each folio
+# or page.
+EACH, ALL = True, False
+SMALL_2G = (*SMALL, "2G")
+MAIN_TABLE = (
+    ("takeover of 10 folios, 2 GiB, in all", SMALL_2G, "takeover", ALL),
+    ("the same, with what is done late", SMALL_2G, "all of KHO's part", ALL),
+    *((f"takeover, {count:,} scattered of 4 KiB", ("scattered", "0", count, "2G"), "takeover", EACH)
+      for count in (1_000, 20_000, 50_000)),
+    *((f"takeover, {count:,} scattered of 4 KiB, 12 GiB", ("scattered", "0", count, "12G"), "takeover", EACH)
+      for count in (50_000, 1_000_000)),
+    ("whole boot, 50,000 scattered of 4 KiB", ("scattered", "0", 50_000, "2G"), "whole boot", EACH),
+    ("whole boot, 1,000,000 scattered, 12 GiB", ("scattered", "0", 1_000_000, "12G"), "whole boot", EACH),
+    ("before SMP, 50,000 scattered", ("scattered", "0", 50_000, "2G"), "before SMP", EACH),
+    ("before SMP, 1,000,000 scattered, 12 GiB", ("scattered", "0", 1_000_000, "12G"), "before SMP", EACH),
+    ("takeover, 15,000 scattered of 16 KiB", ("scattered", "2", 15_000, "2G"), "takeover", EACH),
+    ("takeover, 20,000 scattered, mixed", ("scattered", "mixed", 20_000, "2G"), "takeover", EACH),
+    ("takeover, 100,000 adjacent of 4 KiB", ("adjacent", "0", 100_000, "2G"), "takeover", EACH),
+    ("takeover, 1,000,000 adjacent, 12 GiB", ("adjacent", "0", 1_000_000, "12G"), "takeover", EACH),
+    ("takeover, 300 adjacent of 2 MiB", ("adjacent", "9", 300, "2G"), "takeover", EACH),
+    ("takeover, 4,000 adjacent of 2 MiB, 12 GiB", ("adjacent", "9", 4_000, "12G"), "takeover", EACH),
+    ("whole boot, 4,000 adjacent of 2 MiB, 12 GiB", ("adjacent", "9", 4_000, "12G"), "whole boot", EACH),
+    *((f"takeover, {count:,} sparse of 4 KiB, 12 GiB", ("sparse", "0", count, "12G"), "takeover", EACH)
+      for count in (60, 240, 1_000)),
+    ("whole boot, 1,000 sparse of 4 KiB, 12 GiB", ("sparse", "0", 1_000, "12G"), "whole boot", EACH),
+    *((f"{what}, {kind}, 4 KiB", (kind, "0", count, "2G"), what, EACH)
+      for what in ("preserve", "unpreserve")
+      for kind, count in (("adjacent", 100_000), ("scattered", 50_000), ("random", 20_000))),
+    ("restore, adjacent, 4 KiB", ("adjacent", "0", 100_000, "2G"), "restore", EACH),
+    ("restore, scattered, 4 KiB", ("scattered", "0", 50_000, "2G"), "restore", EACH),
+    ("restore, scattered, 16 KiB", ("scattered", "2", 15_000, "2G"), "restore", EACH),
+    ("restore, adjacent, 2 MiB", ("adjacent", "9", 300, "2G"), "restore", EACH),
+    *((f"xarray of bitmaps: {what}, scattered", ("scattered", "0", 50_000, "2G"), f"xarray: {what}", EACH)
+      for what in ("preserve", "unpreserve", "serialise")),
+    ("1 GiB of vmalloc, preserve, per page", ("vmalloc", "0", 262_144, "4G"), "preserve", EACH),
+    ("1 GiB of vmalloc, unpreserve, per page", ("vmalloc", "0", 262_144, "4G"), "unpreserve", EACH),
+    ("1 GiB of vmalloc, restore, per page", ("vmalloc", "0", 262_144, "4G"), "restore", EACH),
+    ("1 GiB of vmalloc, takeover, per page", ("vmalloc", "0", 262_144, "4G"), "takeover", EACH),
+    ("1 GiB memfd, takeover, per page", ("memfd", "0", 262_144, "4G"), "takeover", EACH),
+    ("1 GiB memfd, preserve ioctl, per page", ("memfd", "0", 262_144, "4G"), "preserve", EACH),
+    ("1 GiB memfd, retrieve ioctl, per page", ("memfd", "0", 262_144, "4G"), "retrieve", EACH),
+    ("1 GiB range, takeover, per page", ("range", "0", 262_144, "4G"), "takeover", EACH),
+    ("1 GiB range, preserve, in all", ("range", "0", 262_144, "4G"), "preserve", ALL),
+    ("1 GiB range, unpreserve, in all", ("range", "0", 262_144, "4G"), "unpreserve", ALL),
+    ("1 GiB range, not aligned, preserve, in all", ("range", "1", 262_142, "4G"), "preserve", ALL),
+    ("1 GiB range, not aligned, unpreserve, in all", ("range", "1", 262_142, "4G"), "unpreserve", ALL),
+    *((f"MiB kept from a cold guest of {mem}", ("cold", "0", 0, mem), "kept", ALL)
+      for mem in WORKLOADS["cold"][3]),
+)
+OTHER_TABLE = tuple(row for row in MAIN_TABLE if row[1][3] in ("2G", "4G") and not row[0].startswith("xarray"))
+ARM64_TABLE = (
+    *(row for row in MAIN_TABLE if row[1][3] == "2G" and not row[0].startswith("xarray")),
+    *((f"whole boot, {count:,} scattered of 4 KiB, 12 GiB", ("scattered", "0", count, "12G"), "whole boot", EACH)
+      for count in (50_000, 200_000, 1_000_000)),
+)
+
+
+def figure_of(results, variant, impl, case, what):
+    """One figure of a table, not divided by anything, and a star if it is extrapolated."""
+    stages, calls, peers = dict(BOOT_COSTS), {}, dict(PEER_COSTS)
+    for title, name, kernel in CALL_COSTS:
+        calls.setdefault(title, []).append((name, kernel))
+    if what == "kept":
+        kept = kept_from_cold(results, variant, impl, case[3])
+        return kept and kept / 1024, ""
+    if what in peers:
+        return results.ticks(variant, impl, case, (peers[what],), 1), ""
+    if what in calls:
+        found = [results.ticks(variant, impl, case, (name,), kernel) for name, kernel in calls[what]]
+        return next((value for value in found if value is not None), None), ""
+    if case[:3] == SMALL:
+        return results.ticks(variant, impl, case, stages[what], 2), ""
+    value = results.over_small(variant, impl, case, stages[what])
+    if value is None and impl == "c":
+        return results.extrapolated(variant, case, stages[what]), "*"
+    return value, ""
+
+
+def rounded(value, digits):
+    """What is extrapolated is not known better than that."""
+    return float(f"{value:.{digits - 1}e}")
+
+
+def rst_table(headings, table):
+    widths = [max(len(row[i]) for row in (headings, *table)) for i in range(len(headings))]
+    rule = " ".join("=" * width for width in widths)
+    lines = [" ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+             for row in (headings, *table)]
+    print("\n".join([rule, lines[0], rule, *lines[1:], rule]))
+
+
 def main_rst(out):
     results = Results(out / "bench.json")
-    print("\n".join(f"| {line}" for line in header(results)))
-    for variant in results.variants:
-        print(f"\n.. list-table:: {', '.join(variant)}\n   :header-rows: 1\n")
-        for row in HEADINGS, *cells(results, variant):
-            for i, cell in enumerate(row):
-                # A star is markup.
-                print(f"   {'*' if i == 0 else ' '} - {cell.replace('*', chr(92) + '*')}")
+    for title, variants, wanted_rows in (
+            ("x86_64, gcc, debug", [("x86_64", "gcc", "debug")], MAIN_TABLE),
+            ("The other compiler, and the other configuration",
+             [("x86_64", "llvm", "debug"), ("x86_64", "gcc", "production"), ("x86_64", "llvm", "production")],
+             OTHER_TABLE),
+            ("arm64, gcc, debug", [("arm64", "gcc", "debug")], ARM64_TABLE)):
+        variants = [variant for variant in variants if variant in results.variants]
+        table = []
+        for label, case, what, each in wanted_rows:
+            cells_of_row, found = [label], False
+            for variant in variants:
+                values = []
+                for impl in "c", "rust":
+                    value, star = figure_of(results, variant, impl, case, what)
+                    value = value if value is None or not each else value / case[2]
+                    if value is not None and star:
+                        value = rounded(value, 3)
+                    values.append(value)
+                    cells_of_row.append(number(value).replace("-", "\\-", value is None) + star * (value is not None))
+                    found |= value is not None
+                if len(variants) == 1:
+                    cells_of_row.append(quotient_of(*values))
+            if found:
+                table.append(cells_of_row)
+        names = [f"{compiler} {config}" for _, compiler, config in variants]
+        headings = ["Work", "C", "Rust", "Rust / C"] if len(variants) == 1 else \
+            ["Work", *(f"{name} {impl}" for name in names for impl in ("C", "Rust"))]
+        if table:
+            print(f"\n{title}\n")
+            rst_table(headings, table)
+
+
+def quotient_of(c, rust):
+    """How much Rust takes of what C takes."""
+    if c is None or rust is None or c <= 0 or rust <= 0:
+        return "\\-"
+    return f"{rust / c:.2f}" if rust > 0.02 * c else f"1/{rounded(c / rust, 2):,.0f}"
 
 
 # Drawing.
@@ -430,7 +606,7 @@ def main_plot(out):
             figure = draw(pyplot, results, variant)
             if figure:
                 arch, compiler, config = variant
-                figure.suptitle(f"{figure.get_suptitle()}\nLinux {results.data['versions']['linux']}, "
+                figure.suptitle(f"{figure.get_suptitle()}\nLinux {results.linux}, "
                                 f"{arch}, {compiler}, {config} configuration", fontsize="medium")
                 path = out / f"{name}-{'-'.join(variant)}"
                 figure.savefig(f"{path}.svg", metadata={"Date": None})
