@@ -181,7 +181,7 @@ unsafe extern "C" fn kho_unpreserve_pages(page: *mut bindings::page, nr_pages: u
 /// are restored with `kho_restore_pages()`, or given up with `kho_unpreserve_pages()`.
 ///
 /// Returns 0; `-EINVAL` unless both are multiples of `PAGE_SIZE` and `size` is not 0, or if part of
-/// it is no RAM that is online; else as `kho_preserve_pages()`.
+/// it is no System RAM that is online, or in the first MiB on x86; else as `kho_preserve_pages()`.
 #[export]
 #[expect(
     clippy::missing_safety_doc,

@@ -110,6 +110,9 @@ pub(crate) fn preserve_frames(frames: Frames) -> Result {
 
 #[inline(never)]
 fn preserve_blocks(frames: Frames) -> Result {
+    if frames.count() == 0 {
+        return Ok(());
+    }
     check_scratch(frames.phys(), frames.bytes())?;
     let tree = kho_state::out_tree().ok_or(EOPNOTSUPP)?;
     let keys = frames.blocks(kho_sys::one_node).map(Key::of);
@@ -157,12 +160,12 @@ const LOW: u64 = if cfg!(CONFIG_X86) { 1 << 20 } else { 0 };
 ///
 /// # Errors
 ///
-/// `EINVAL` unless both are multiples of the page size, `size` is not 0, and all of it is memory
-/// that the next kernel will find; else as [`preserve`].
+/// `EINVAL` unless both are multiples of the page size, `size` is not 0, and all of it is System RAM
+/// that is online, and not what the next kernel boots with; else as [`preserve`].
 pub(crate) fn preserve_phys(phys: u64, size: usize) -> Result {
     let frames = Frames::exact(phys, size as u64).ok_or(EINVAL)?;
     // What is no RAM would make the next kernel refuse all of the handover.
-    if phys < LOW || kho_sys::ram_frames(frames) != frames.count() {
+    if phys < LOW || !kho_sys::is_online_ram(frames) {
         return Err(EINVAL);
     }
     preserve_frames(frames)

@@ -350,8 +350,8 @@ pub(crate) trait Pass {
 
 /// Where nodes live.
 pub(crate) trait NodeMem: Copy {
-    /// Is held by [`Tree::add`] and [`Tree::remove`] while they look at nodes, but not while they
-    /// allocate. [`Tree::prune`] must only be called while nobody holds one.
+    /// Is held by [`Tree::add`], [`Tree::remove`] and those that do the same to many keys, while
+    /// they look at nodes, but not while they allocate. [`Tree::prune`] must only be called while nobody holds one.
     type Pass<'a>: Pass
     where
         Self: 'a;
@@ -632,16 +632,24 @@ impl<M: NodeMem> Tree<M> {
         mut absent: impl FnMut(Key),
     ) -> bool {
         let mut emptied = false;
+        while let Some(key) = self.remove_some(&mut keys, &mut emptied) {
+            absent(key);
+        }
+        emptied
+    }
+
+    /// Removes `keys` until there are no more, or up to one that is not in the tree, which is
+    /// returned.
+    #[inline(always)]
+    fn remove_some(&self, keys: &mut impl Iterator<Item = Key>, emptied: &mut bool) -> Option<Key> {
         loop {
             let pass = self.mem.enter();
             for _ in 0..BATCH {
-                let Some(key) = keys.next() else {
-                    return emptied;
-                };
+                let key = keys.next()?;
                 match self.approach(&pass, key).map(|leaf| clear(leaf, key)) {
                     Some(Removal::Removed) => {}
-                    Some(Removal::Emptied) => emptied = true,
-                    Some(Removal::Absent) | None => absent(key),
+                    Some(Removal::Emptied) => *emptied = true,
+                    Some(Removal::Absent) | None => return Some(key),
                 }
             }
         }

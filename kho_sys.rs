@@ -236,11 +236,11 @@ fn alloc_early() -> Option<NodeAddr> {
         for pages in [POOL_PAGES, 1] {
             let size = page.wrapping_mul(pages);
             // Without kmemleak, which would not be told when a page is freed.
-            let anywhere = u64::from(bindings::MEMBLOCK_ALLOC_NOLEAKTRACE);
+            let limit = u64::from(bindings::MEMBLOCK_ALLOC_NOLEAKTRACE);
             // SAFETY: Early boot.
             let virt = unsafe {
                 let none = bindings::NUMA_NO_NODE;
-                bindings::memblock_alloc_try_nid_raw(size, page, 0, anywhere, none)
+                bindings::memblock_alloc_try_nid_raw(size, page, 0, limit, none)
             };
             if !virt.is_null() {
                 next = phys(virt);
@@ -353,14 +353,15 @@ pub(crate) unsafe fn page_frames(page: *mut bindings::page, count: usize) -> Opt
     Frames::new(Pfn::new(pfn as u64)?, count as u64)
 }
 
-/// Returns how many of `frames` are System RAM, as `/proc/iomem` has it.
-pub(crate) fn ram_frames(frames: Frames) -> u64 {
+/// Returns whether all of `frames` is System RAM, as `/proc/iomem` has it, and online.
+pub(crate) fn is_online_ram(frames: Frames) -> bool {
     /// # Safety
     ///
     /// `sum` must point to a number.
     unsafe extern "C" fn add(_pfn: usize, nr_pages: usize, sum: *mut c_void) -> c_int {
+        let sum = sum.cast::<u64>();
         // SAFETY: By the contract.
-        unsafe { *sum.cast::<u64>() = (*sum.cast::<u64>()).wrapping_add(nr_pages as u64) };
+        unsafe { *sum = (*sum).wrapping_add(nr_pages as u64) };
         0
     }
     let mut sum = 0u64;
@@ -373,7 +374,12 @@ pub(crate) fn ram_frames(frames: Frames) -> u64 {
             Some(add),
         )
     };
-    sum
+    // Memory is online in sections, which are larger than this.
+    let mut rest = frames;
+    while rest.count() > 0 && Page::online(rest.start()).is_some() {
+        rest = rest.tail(rest.head_to(1 << bindings::KHO_MAX_PAGE_ORDER).count());
+    }
+    sum == frames.count() && rest.count() == 0
 }
 
 /// Returns whether two frames are on the same NUMA node.

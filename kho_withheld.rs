@@ -53,7 +53,8 @@ use super::kho_radix::{
     NodeAddr,
     Removal,
     Runs,
-    Tree, //
+    Tree,
+    LEAF_BITS, //
 };
 use super::kho_range::Frames;
 use super::kho_scratch;
@@ -90,7 +91,7 @@ const GRAIN: Order = match Order::new(bindings::KHO_MAX_PAGE_ORDER) {
     Some(order) if order.pages() >= 64 => order,
     _ => Order::ZERO,
 };
-const _: () = assert!(GRAIN.get() > 0);
+const _: () = assert!(GRAIN.get() > 0 && GRAIN.get() <= LEAF_BITS);
 
 /// The most regions that memblock is told of. What they cost grows with the square of it: 256 are
 /// some 2 million instructions, 1024 were 25. If there are fewer, more memory is given back late.
@@ -324,7 +325,8 @@ impl Takeover {
     /// Sorts the grains and reserves them, in ascending order. `reached` is the frame up to which
     /// that went well.
     ///
-    /// What is found free is reserved before anything is allocated, which might come from there.
+    /// What is found free is reserved before anything is allocated. So this need not rely on
+    /// allocations keeping away from grains, as they do: none is in memory that is scratch.
     #[link_section = ".init.text"]
     fn reserve(&self, reached: &mut u64) -> Result<(), Refusal> {
         for frames in frames_of(&self.closed) {
@@ -371,8 +373,7 @@ impl Takeover {
         let (key, grain) = (Key::of_frame(number), grain_frames(number));
         self.closed.remove(key);
         self.mixed.add(key)?;
-        // A grain has one leaf: filling it needs no memory, which might come from what is found
-        // free.
+        // A grain has one leaf, so that filling it needs no memory later.
         self.held.leaf(Key::of_frame(grain.start()))?;
         // Memory that was preserved may be reserved already, by a user who knows where it is.
         for frames in runs_in(&self.held, grain) {
@@ -467,41 +468,43 @@ impl Takeover {
         self.free_gaps(grain);
     }
 
-    /// Opens grains from the lowest on until there is as much free memory as there must be, or all
-    /// are open.
+    /// Opens grains from the lowest on until there is as much free memory as there must be, on each
+    /// node as well, or all are open that can help.
     #[link_section = ".init.text"]
     fn open_some(&self) {
-        let all = cfg!(not(CONFIG_DEFERRED_STRUCT_PAGE_INIT));
-        let deferred = deferred_free();
+        if cfg!(not(CONFIG_DEFERRED_STRUCT_PAGE_INIT)) {
+            return self.open_all();
+        }
         let floor = FLOOR.max(Memblock.ram_end() / FLOOR_SHARE);
+        let missing = floor.saturating_sub(deferred_free());
+        self.open_until(bindings::NUMA_NO_NODE, missing.max(FLOOR_NOW));
+        for nid in kho_scratch::Nodes::all() {
+            self.open_until(nid, FLOOR_NODE);
+        }
+    }
+
+    #[link_section = ".init.text"]
+    fn open_all(&self) {
         for frames in frames_of(&self.closed) {
             for number in grain_numbers(frames) {
-                let now = nr_free(bindings::NUMA_NO_NODE);
-                let enough = now >= FLOOR_NOW && now.saturating_add(deferred) >= floor;
-                if enough && !all {
-                    for nid in kho_scratch::Nodes::all() {
-                        self.open_for(nid);
-                    }
-                    return;
-                }
-                if all || self.is_useful(number) {
-                    self.open(number);
-                }
+                self.open(number);
             }
         }
     }
 
-    /// Opens grains of a node until it has some free memory, or all its grains are open.
+    /// Opens grains of a node, or of all, until `target` frames are free there, or all are open
+    /// that can help.
     #[link_section = ".init.text"]
-    fn open_for(&self, nid: c_int) {
-        if nr_free(nid) >= FLOOR_NODE {
+    fn open_until(&self, nid: c_int, target: u64) {
+        if nr_free(nid) >= target {
             return;
         }
         for frames in frames_of(&self.closed) {
             for number in grain_numbers(frames) {
-                if nid_of(grain_frames(number).start()) == nid && self.is_useful(number) {
+                let there = nid_of(grain_frames(number).start());
+                if (nid == bindings::NUMA_NO_NODE || nid == there) && self.is_useful(number) {
                     self.open(number);
-                    if nr_free(nid) >= FLOOR_NODE {
+                    if nr_free(nid) >= target {
                         return;
                     }
                 }
@@ -513,7 +516,7 @@ impl Takeover {
     /// memory.
     #[link_section = ".init.text"]
     fn is_useful(&self, number: u64) -> bool {
-        self.has_gap(number) && !is_movable(grain_frames(number))
+        !is_movable(grain_frames(number)) && self.has_gap(number)
     }
 
     /// Returns whether anything would be given back of a grain.

@@ -472,7 +472,10 @@ fn many_at_once() {
                 assert_eq!(tree.add_all(keys), expected);
             } else {
                 let mut absent = Vec::new();
-                let emptied = tree.remove_all(keys, |key| absent.push(key.get()));
+                let emptied = tree.remove_all(keys, |key| {
+                    assert_eq!(mem.inside.load(SeqCst), 0, "told inside");
+                    absent.push(key.get());
+                });
                 let (mut missed, mut cleared) = (Vec::new(), false);
                 for number in &some {
                     let word = number / 64 * 64;
