@@ -105,37 +105,37 @@ impl Node {
                 return Some((index, value));
             }
         }
-        self.search_used(index)
+        self.search_used(index, WORDS)
     }
 
-    /// As [`Node::next_used`], where the first word is likely to be 0.
+    /// As [`Node::next_used`], where the first word is likely to be 0. Words from `end` on, which
+    /// is [`WORDS`] at the most, are not looked at.
     #[inline(never)]
-    fn search_used(&self, index: u64) -> Option<(u64, u64)> {
-        let mut index = index;
-        while index < WORDS {
-            // Most words of most nodes are 0.
-            while let Some([a, b, c, d, e, f, g, h, ..]) = self.words.get(index as usize..) {
-                let low = a.load() | b.load() | c.load() | d.load();
-                if low | e.load() | f.load() | g.load() | h.load() != 0 {
-                    break;
-                }
-                index = index.wrapping_add(8);
+    fn search_used(&self, index: u64, end: u64) -> Option<(u64, u64)> {
+        let mut rest = self.words.get(index as usize..end as usize)?;
+        // Most words of most nodes are 0.
+        while let [a, b, c, d, e, f, g, h, tail @ ..] = rest {
+            let low = a.load() | b.load() | c.load() | d.load();
+            if low | e.load() | f.load() | g.load() | h.load() != 0 {
+                break;
             }
-            let end = index.wrapping_add(8).min(WORDS);
-            while index < end {
-                let value = self.word(index).load();
-                if value != 0 {
-                    return Some((index, value));
-                }
-                index = index.wrapping_add(1);
+            rest = tail;
+        }
+        let mut index = end.wrapping_sub(rest.len() as u64);
+        for word in rest {
+            let value = word.load();
+            if value != 0 {
+                return Some((index, value));
             }
+            index = index.wrapping_add(1);
         }
         None
     }
 
-    /// Returns the first entry of a table from `index` on that is used, and where it leads.
-    fn next_child(&self, index: u64) -> Option<(u64, NodeAddr)> {
-        let (index, _) = self.search_used(index)?;
+    /// Returns the first entry of a table from `index` to before `end` that is used, and where it
+    /// leads.
+    fn next_child(&self, index: u64, end: u64) -> Option<(u64, NodeAddr)> {
+        let (index, _) = self.search_used(index, end)?;
         Some((index, NodeAddr::new(self.word(index).follow())?))
     }
 
@@ -143,7 +143,7 @@ impl Node {
     fn children(&self) -> impl Iterator<Item = (u64, NodeAddr)> + '_ {
         let mut from = 0;
         core::iter::from_fn(move || {
-            let child = self.next_child(from)?;
+            let child = self.next_child(from, WORDS)?;
             from = child.0.wrapping_add(1);
             Some(child)
         })
@@ -151,7 +151,7 @@ impl Node {
 
     /// Returns whether all words are 0.
     fn is_empty(&self) -> bool {
-        self.search_used(0).is_none()
+        self.search_used(0, WORDS).is_none()
     }
 
     /// Returns the first run of set bits at or after bit `from`: its first bit, and how many.
@@ -163,7 +163,7 @@ impl Node {
         let mut index = from / WORD_BITS;
         let mut word = self.word(index).load() & u64::MAX.wrapping_shl(from as u32);
         if word == 0 {
-            (index, word) = self.search_used(index.wrapping_add(1))?;
+            (index, word) = self.search_used(index.wrapping_add(1), WORDS)?;
         }
         let skip = word.trailing_zeros();
         let first = index.wrapping_mul(WORD_BITS).wrapping_add(skip.into());
@@ -758,7 +758,7 @@ impl<M: NodeMem> Tree<M> {
                 true => (last.get().wrapping_shr(shift) & (WORDS - 1)).wrapping_add(1),
                 false => WORDS,
             };
-            let child = node.next_child(start).filter(|(index, _)| *index < end);
+            let child = node.next_child(start, end);
             if let Some((index, addr)) = child {
                 if index != start {
                     key = (key.wrapping_shr(shift) & !(WORDS - 1) | index).wrapping_shl(shift);

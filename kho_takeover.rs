@@ -407,11 +407,12 @@ pub(crate) fn fill<S: NodeMem>(set: &Tree<S>, frames: Frames) -> Result<u64, NoM
     Ok(again)
 }
 
-/// Adds to `grains` the number of every block of order `grain` that has a frame of `held`; returns
-/// how many ranges those frames make up. A grain has at least a word's frames.
+/// Adds to `grains` the number of every block of order `grain` that has a frame of `held`, up to the
+/// frame `last`; returns how many ranges those frames make up. A grain has at least a word's frames.
 #[link_section = ".init.text"]
 pub(crate) fn grains<S: NodeMem>(
     held: &Tree<S>,
+    last: Key,
     grain: Order,
     grains: &Tree<S>,
 ) -> Result<u64, NoMemory> {
@@ -421,7 +422,7 @@ pub(crate) fn grains<S: NodeMem>(
     // The grains that were met last, in a row, and have not been added.
     let mut row = 0..0;
     let mut from = Key::MIN;
-    while let Some((first, leaf)) = held.next_leaf(from, Key::MAX) {
+    while let Some((first, leaf)) = held.next_leaf(from, last) {
         let mut at = 0;
         while let Some((index, word)) = leaf.next_used(at) {
             let pfn = first.wrapping_add(index.wrapping_mul(WORD_BITS));
@@ -480,23 +481,26 @@ pub(crate) fn make_room<S: NodeMem>(set: &Tree<S>, run: Run) -> Result<(), NoMem
     Ok(())
 }
 
-/// Makes `grains` coarser, by adding neighbours, until they make up no more than `limit` runs.
+/// Makes `grains`, of which none is above `last`, coarser, by adding neighbours up to there, until
+/// they make up no more than `limit` runs.
 ///
 /// Why: each run costs memblock time in proportion to how many it has already.
 #[link_section = ".init.text"]
-pub(crate) fn coarsen<S: NodeMem>(grains: &Tree<S>, limit: usize) -> Result<(), NoMemory> {
+pub(crate) fn coarsen<S: NodeMem>(
+    grains: &Tree<S>,
+    last: Key,
+    limit: usize,
+) -> Result<(), NoMemory> {
+    let all = (Key::MIN, last);
     let mut size = 1u64;
-    while grains
-        .runs_between((Key::MIN, Key::MAX))
-        .nth(limit)
-        .is_some()
-    {
+    while grains.runs_between(all).nth(limit).is_some() {
         size = size.wrapping_mul(2);
-        for run in grains.runs_between((Key::MIN, Key::MAX)) {
+        for run in grains.runs_between(all) {
             let first = run.first.get();
-            let last = first.wrapping_add(run.count).wrapping_sub(1);
+            let end = first.wrapping_add(run.count);
             let mask = size.wrapping_sub(1);
-            for grain in (first & !mask..first).chain(last..=last | mask) {
+            let more = end..=(end.wrapping_sub(1) | mask).min(last.get());
+            for grain in (first & !mask..first).chain(more) {
                 grains.add(Key::of_frame(grain))?;
             }
         }

@@ -151,8 +151,13 @@ static mut TAKEOVER: Option<Takeover> = None;
 /// Whether the static is in use.
 static PENDING: AtomicBool = AtomicBool::new(false);
 
-/// All there is in a set.
-const ALL: (Key, Key) = (Key::MIN, Key::MAX);
+/// Returns between which numbers all there is in a set lies: those of frames of RAM, and grains
+/// have smaller ones.
+#[link_section = ".init.text"]
+fn all() -> (Key, Key) {
+    let last = Memblock.ram_end().wrapping_sub(1);
+    (Key::MIN, Key::of_frame(last))
+}
 
 /// Runs of a set of blocks of one order, as frames, ascending.
 pub(crate) struct Ranges<'a> {
@@ -175,7 +180,7 @@ impl Iterator for Ranges<'_> {
 #[link_section = ".init.text"]
 fn frames_of(grains: &Set) -> Ranges<'_> {
     Ranges {
-        runs: grains.runs_between(ALL),
+        runs: grains.runs_between(all()),
         order: GRAIN,
     }
 }
@@ -263,7 +268,7 @@ impl Takeover {
             return Err(Refusal::Fdt(fdt.phys()));
         }
         // The tree is read until late. Who preserved one of its nodes keeps it.
-        for run in self.nodes.runs_between(ALL) {
+        for run in self.nodes.runs_between(all()) {
             for i in 0..run.count {
                 let node = Key::of_frame(run.first.get().wrapping_add(i));
                 if !self.held.add(node)? {
@@ -271,11 +276,13 @@ impl Takeover {
                 }
             }
         }
-        self.ranges = kho_takeover::grains(&self.held, GRAIN, &self.closed)?;
-        kho_takeover::coarsen(&self.closed, MOST_REGIONS)?;
+        let (_, last) = all();
+        self.ranges = kho_takeover::grains(&self.held, last, GRAIN, &self.closed)?;
+        let last = Key::of_frame(last.get() >> GRAIN.get());
+        kho_takeover::coarsen(&self.closed, last, MOST_REGIONS)?;
         // From here on nothing may fail for lack of memory, as far as that can be avoided: what is
         // sorted later finds its leaves.
-        for run in self.closed.runs_between(ALL) {
+        for run in self.closed.runs_between(all()) {
             kho_takeover::make_room(&self.raw, run)?;
             kho_takeover::make_room(&self.mixed, run)?;
         }
@@ -553,7 +560,7 @@ impl Takeover {
     #[link_section = ".init.text"]
     fn finish(self) {
         let mut count = 0u64;
-        for run in self.nodes.runs_between(ALL) {
+        for run in self.nodes.runs_between(all()) {
             for i in 0..run.count {
                 free_block(run.first.get().wrapping_add(i), Order::ZERO);
             }

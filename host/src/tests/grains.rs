@@ -5,6 +5,7 @@
 
 use super::super::kho_key::{
     Block,
+    Key,
     Pfn, //
 };
 use super::super::kho_radix::{
@@ -114,8 +115,12 @@ fn grains_of_sets() {
         for of in [6, 7, 9, 10, 13, bits - 1, bits, bits + 3, 64 - PAGE_SHIFT] {
             let memory = set_mem();
             let found = Tree::new(&memory).unwrap();
-            let ranges = grains(&held, order(of), &found);
+            let ranges = grains(&held, Key::MAX, order(of), &found);
             assert_eq!(ranges, Ok(count_runs(&set) as u64), "{:x?}", set.first());
+            // There is nothing behind the last frame.
+            let last = key(set.last().copied().unwrap_or(0));
+            let same = grains(&held, last, order(of), &Tree::new(&set_mem()).unwrap());
+            assert_eq!(same, ranges);
             let expected: Set = set.iter().map(|pfn| pfn >> of).collect();
             assert!(numbers_in(&memory, &found) == expected, "order {of}");
         }
@@ -130,7 +135,7 @@ fn grains_add_up() {
     let memory = set_mem();
     let found = tree_of(&memory, &[3, 70].into(), &[]);
     let held = tree_of(&mem, &[70 << 10, 71 << 10].into(), &[]);
-    assert_eq!(grains(&held, order(10), &found), Ok(2));
+    assert_eq!(grains(&held, Key::MAX, order(10), &found), Ok(2));
     assert_eq!(numbers_in(&memory, &found), [3, 70, 71].into());
 }
 
@@ -145,7 +150,7 @@ fn grains_are_brief() {
     let memory = set_mem();
     let found = Tree::new(&memory).unwrap();
     let before = (mem.steps.load(SeqCst), memory.steps.load(SeqCst));
-    assert_eq!(grains(&held, order(grain), &found), Ok(set.len() as u64));
+    assert_eq!(grains(&held, Key::MAX, order(grain), &found), Ok(set.len() as u64));
     let steps = mem.steps.load(SeqCst) - before.0;
     assert!(steps <= (leaves + 1) * depth, "{steps}");
     let steps = memory.steps.load(SeqCst) - before.1;
@@ -163,7 +168,7 @@ fn grains_without_memory() {
         let memory = set_mem();
         let found = Tree::new(&memory).unwrap();
         memory.budget.store(budget as i64, SeqCst);
-        let result = grains(&held, order(9), &found);
+        let result = grains(&held, Key::MAX, order(9), &found);
         let expected = if budget < needed {
             Err(NoMemory)
         } else {
@@ -202,11 +207,18 @@ fn coarsening() {
         for limit in [1, 2, 3, 5, 8, 20, 100] {
             let mem = set_mem();
             let tree = tree_of(&mem, &set, &[base]);
-            assert_eq!(coarsen(&tree, limit), Ok(()));
+            assert_eq!(coarsen(&tree, Key::MAX, limit), Ok(()));
             let found = numbers_in(&mem, &tree);
             assert!(found.is_superset(&set));
             assert!(count_runs(&found) <= limit);
             assert!(found == coarse(&set, limit), "{set:x?} to {limit}");
+            // No further than a machine's memory goes.
+            let last = set.last().map_or(0, |number| number + turn as u64 % 3);
+            let tree = tree_of(&mem, &set, &[base]);
+            assert_eq!(coarsen(&tree, key(last), limit), Ok(()));
+            let mut within = found.clone();
+            within.retain(|number| *number <= last);
+            assert!(numbers_in(&mem, &tree) == within, "{set:x?} to {last}");
             if count_runs(&set) <= limit {
                 assert_eq!(found, set);
             } else {
@@ -225,7 +237,7 @@ fn coarsening_at_the_end() {
     for limit in 1..5 {
         let mem = set_mem();
         let tree = tree_of(&mem, &set, &[]);
-        assert_eq!(coarsen(&tree, limit), Ok(()));
+        assert_eq!(coarsen(&tree, Key::MAX, limit), Ok(()));
         assert_eq!(numbers_in(&mem, &tree), coarse(&set, limit), "{limit}");
     }
 }
@@ -247,7 +259,7 @@ fn coarsening_without_memory() {
             } else {
                 Ok(())
             };
-            assert_eq!(coarsen(&tree, limit), expected);
+            assert_eq!(coarsen(&tree, Key::MAX, limit), expected);
             assert!(numbers_in(&mem, &tree).is_superset(set));
             tree.destroy();
             assert_eq!(mem.live(), 0);
