@@ -317,6 +317,7 @@ BOOT_COSTS = (
     ("before SMP", ("before_smp",)),
     ("late", ("page_alloc_init_late",)),
     ("whole boot", ("boot",)),
+    ("KHO's part of late", ("kho_memory_init_late",)),
     ("all of KHO's part", (*TAKEOVER, "kho_memory_init_free", "kho_memory_init_late")),
 )
 # (title, name, kernel)
@@ -471,6 +472,8 @@ MAIN_TABLE = (
     ("takeover, 100,000 adjacent of 4 KiB", ("adjacent", "0", 100_000, "2G"), "takeover", EACH),
     ("takeover, 1,000,000 adjacent, 12 GiB", ("adjacent", "0", 1_000_000, "12G"), "takeover", EACH),
     ("takeover, 300 adjacent of 2 MiB", ("adjacent", "9", 300, "2G"), "takeover", EACH),
+    ("takeover, the step from 100 to 300 of them", ("adjacent", "9", 300, "2G"), "step from 100", EACH),
+    ("late, 300 adjacent of 2 MiB: KHO's part", ("adjacent", "9", 300, "2G"), "KHO's part of late", EACH),
     ("takeover, 4,000 adjacent of 2 MiB, 12 GiB", ("adjacent", "9", 4_000, "12G"), "takeover", EACH),
     ("whole boot, 4,000 adjacent of 2 MiB, 12 GiB", ("adjacent", "9", 4_000, "12G"), "whole boot", EACH),
     *((f"takeover, {count:,} sparse of 4 KiB, 12 GiB", ("sparse", "0", count, "12G"), "takeover", EACH)
@@ -481,6 +484,8 @@ MAIN_TABLE = (
       for kind, count in (("adjacent", 100_000), ("scattered", 50_000), ("random", 20_000))),
     ("restore, adjacent, 4 KiB", ("adjacent", "0", 100_000, "2G"), "restore", EACH),
     ("restore, scattered, 4 KiB", ("scattered", "0", 50_000, "2G"), "restore", EACH),
+    ("a prune that finds nothing, 50,000 scattered", ("scattered", "0", 50_000, "2G"), "prune, nothing to free",
+     ALL),
     ("restore, scattered, 16 KiB", ("scattered", "2", 15_000, "2G"), "restore", EACH),
     ("restore, adjacent, 2 MiB", ("adjacent", "9", 300, "2G"), "restore", EACH),
     *((f"xarray of bitmaps: {what}, scattered", ("scattered", "0", 50_000, "2G"), f"xarray: {what}", EACH)
@@ -521,6 +526,11 @@ def figure_of(results, variant, impl, case, what):
     if what in calls:
         found = [results.ticks(variant, impl, case, (name,), kernel) for name, kernel in calls[what]]
         return next((value for value in found if value is not None), None), ""
+    if what == "step from 100":
+        few, many = (results.ticks(variant, impl, (*case[:2], count, case[3]), TAKEOVER, 2)
+                     for count in (100, case[2]))
+        # For as many as the case has, which the figure is divided by.
+        return few and many and (many - few) * case[2] / (case[2] - 100), ""
     if case[:3] == SMALL:
         return results.ticks(variant, impl, case, stages[what], 2), ""
     value = results.over_small(variant, impl, case, stages[what])
@@ -663,7 +673,7 @@ def draw_boot(pyplot, results, variant):
     drawn = curves(axes, results, variant, "scattered",
                    lambda impl, case: results.over_small(variant, impl, case, ("boot",)),
                    lambda case: results.extrapolated(variant, case, ("boot",)))
-    figure.suptitle("Whole second boot, over one with 10 folios")
+    figure.suptitle("Whole second boot, over one with 10 folios, where it is longer")
     return figure if drawn else None
 
 
@@ -677,7 +687,8 @@ def bars(axes, groups, series):
         axes.bar_label(drawn, [f"{value:.0f}" if value else "" for value in values],
                        fontsize="x-small", padding=1)
     axes.set_xticks(range(len(groups)), groups, fontsize="small")
-    axes.legend(fontsize="small")
+    axes.margins(y=0.2)
+    axes.legend(fontsize="small", loc="upper right", ncols=len(series))
 
 
 def draw_preserve(pyplot, results, variant):
