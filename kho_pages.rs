@@ -160,8 +160,8 @@ const LOW: u64 = if cfg!(CONFIG_X86) { 1 << 20 } else { 0 };
 ///
 /// # Errors
 ///
-/// `EINVAL` unless both are multiples of the page size, `size` is not 0, and all of it is System RAM
-/// that is online, and not what the next kernel boots with; else as [`preserve`].
+/// `EINVAL` unless both are multiples of the page size, `size` is not 0, and all of it is System
+/// RAM that is online, and not what the next kernel boots with; else as [`preserve`].
 pub(crate) fn preserve_phys(phys: u64, size: usize) -> Result {
     let frames = Frames::exact(phys, size as u64).ok_or(EINVAL)?;
     // What is no RAM would make the next kernel refuse all of the handover.

@@ -351,7 +351,8 @@ pub(crate) trait Pass {
 /// Where nodes live.
 pub(crate) trait NodeMem: Copy {
     /// Is held by [`Tree::add`], [`Tree::remove`] and those that do the same to many keys, while
-    /// they look at nodes, but not while they allocate. [`Tree::prune`] must only be called while nobody holds one.
+    /// they look at nodes, but not while they allocate. [`Tree::prune`] must only be called while
+    /// nobody holds one.
     type Pass<'a>: Pass
     where
         Self: 'a;

@@ -407,8 +407,9 @@ pub(crate) fn fill<S: NodeMem>(set: &Tree<S>, frames: Frames) -> Result<u64, NoM
     Ok(again)
 }
 
-/// Adds to `grains` the number of every block of order `grain` that has a frame of `held`, up to the
-/// frame `last`; returns how many ranges those frames make up. A grain has at least a word's frames.
+/// Adds to `grains` the number of every block of order `grain` that has a frame of `held`, up to
+/// the frame `last`; returns how many ranges those frames make up. A grain has at least a word's
+/// frames.
 #[link_section = ".init.text"]
 pub(crate) fn grains<S: NodeMem>(
     held: &Tree<S>,

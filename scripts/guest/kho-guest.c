@@ -283,13 +283,15 @@ static void whole(const char *name, const char *dir)
 	hold();
 }
 
-static void scatter(const char *name, const char *dir)
+static void scatter(const char *name, const char *dir, long gap)
 {
 	int gaps = memfd_create("gaps", 0);
-	int count = load_files(dir, gaps);
-	FILE *frames = open_frames(dir, "w");
-	int session;
+	int count, session;
+	FILE *frames;
 
+	even_gap = gap;
+	count = load_files(dir, gaps);
+	frames = open_frames(dir, "w");
 	/* A page that the next kernel's user has no interest in. */
 	fds[count + 1] = memfd_create("spare", 0);
 	write_all(fds[count + 1], buffer, PAGE);
@@ -455,10 +457,8 @@ int main(int argc, char *argv[])
 		preserve(argv[2], argv[3]);
 	else if (!strcmp(cmd, "whole") && argc == 4)
 		whole(argv[2], argv[3]);
-	else if (!strcmp(cmd, "scatter") && (argc == 4 || argc == 5)) {
-		even_gap = argc == 5 ? atol(argv[4]) : 0;
-		scatter(argv[2], argv[3]);
-	}
+	else if (!strcmp(cmd, "scatter") && (argc == 4 || argc == 5))
+		scatter(argv[2], argv[3], argc == 5 ? atol(argv[4]) : 0);
 	else if (!strcmp(cmd, "owned") && argc == 3)
 		print_owned(argv[2]);
 	else if (!strcmp(cmd, "waiting") && argc == 3)
