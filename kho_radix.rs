@@ -538,6 +538,14 @@ impl<M: NodeMem> Tree<M> {
         self.locate(key).map(|addr| self.mem.node(addr))
     }
 
+    /// Returns where the leaf for `key` is, if it is the one that was noted.
+    // The address, which is known not to be 0: a reference would be looked at once more.
+    #[inline(always)]
+    fn recall(&self, pass: &M::Pass<'_>, key: Key) -> Option<NodeAddr> {
+        let hint = pass.hints().of(key);
+        hint.recall(pass.generation(), self.root, key)
+    }
+
     /// Finds the leaf for `key` as [`Tree::find_leaf`], and notes it.
     #[inline(never)]
     fn search(&self, pass: &M::Pass<'_>, key: Key) -> Option<&Node> {
@@ -558,11 +566,7 @@ impl<M: NodeMem> Tree<M> {
     #[inline(always)]
     pub(crate) fn add(&self, key: Key) -> Result<bool, NoMemory> {
         let pass = self.mem.enter();
-        match pass
-            .hints()
-            .of(key)
-            .recall(pass.generation(), self.root, key)
-        {
+        match self.recall(&pass, key) {
             Some(leaf) => Ok(set(self.mem.node(leaf), key)),
             None => Self::from_root(self.mem, self.root).add_elsewhere(pass, key),
         }
@@ -571,11 +575,7 @@ impl<M: NodeMem> Tree<M> {
     /// Returns the leaf for `key`, by the hint if that is the one.
     #[inline(always)]
     fn approach(&self, pass: &M::Pass<'_>, key: Key) -> Option<&Node> {
-        match pass
-            .hints()
-            .of(key)
-            .recall(pass.generation(), self.root, key)
-        {
+        match self.recall(pass, key) {
             Some(leaf) => Some(self.mem.node(leaf)),
             None => self.search(pass, key),
         }
@@ -701,11 +701,7 @@ impl<M: NodeMem> Tree<M> {
     #[inline(always)]
     pub(crate) fn remove(&self, key: Key) -> Removal {
         let pass = self.mem.enter();
-        match pass
-            .hints()
-            .of(key)
-            .recall(pass.generation(), self.root, key)
-        {
+        match self.recall(&pass, key) {
             Some(leaf) => clear(self.mem.node(leaf), key),
             None => Self::from_root(self.mem, self.root).remove_elsewhere(pass, key),
         }
