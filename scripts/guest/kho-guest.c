@@ -270,16 +270,23 @@ static void write_frames(int fd, FILE *frames)
 	close(map);
 }
 
-static void whole(const char *name, const char *dir)
+/* Writes where the pages of the files are, from the first to a last one. */
+static void list_frames(const char *dir, int last)
 {
-	int count = load_files(dir, -1);
 	FILE *frames = open_frames(dir, "w");
 
-	preserve_files(name, count);
-	for (int i = 1; i <= count; i++)
+	for (int i = 1; i <= last; i++)
 		write_frames(fds[i], frames);
 	if (fclose(frames))
 		err(1, "frames");
+}
+
+static void whole(const char *name, const char *dir)
+{
+	int count = load_files(dir, -1);
+
+	preserve_files(name, count);
+	list_frames(dir, count);
 	hold();
 }
 
@@ -287,21 +294,16 @@ static void scatter(const char *name, const char *dir, long gap)
 {
 	int gaps = memfd_create("gaps", 0);
 	int count, session;
-	FILE *frames;
 
 	even_gap = gap;
 	count = load_files(dir, gaps);
-	frames = open_frames(dir, "w");
 	/* A page that the next kernel's user has no interest in. */
 	fds[count + 1] = memfd_create("spare", 0);
 	write_all(fds[count + 1], buffer, PAGE);
 	leave_gap(gaps, small_gap());
 	session = preserve_files(name, count);
 	preserve_fd(session, fds[count + 1], count + 1);
-	for (int i = 1; i <= count + 1; i++)
-		write_frames(fds[i], frames);
-	if (fclose(frames))
-		err(1, "frames");
+	list_frames(dir, count + 1);
 	/* Only now, or the session's own memory would fill the gaps. */
 	close(gaps);
 	hold();
