@@ -54,6 +54,7 @@ use kho_radix::{
     Node,
     NodeAddr,
     Removal,
+    Step,
     Tree,
     Visitor, //
 };
@@ -600,12 +601,16 @@ struct CWalk<'a> {
 }
 
 impl Visitor for CWalk<'_> {
-    fn node(&mut self, addr: NodeAddr, _first: u64, _last: u64) -> bool {
+    fn node(&mut self, addr: NodeAddr, _first: u64, _last: u64) -> Step {
         if let Some(node) = self.cb.node {
             // SAFETY: By the contract of `kho_radix_walk_tree()`.
             self.stopped = unsafe { node(addr.get(), self.data) };
         }
-        self.stopped == 0
+        if self.stopped == 0 {
+            Step::In
+        } else {
+            Step::Stop
+        }
     }
 
     fn leaf(&mut self, first: u64, leaf: &Node) -> bool {

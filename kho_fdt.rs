@@ -109,7 +109,7 @@ pub(crate) fn memory_map(property: Option<&[u8]>) -> Result<NodeAddr, FdtError> 
 pub(crate) struct Blob {
     /// Its physical address, not 0.
     pub(crate) phys: u64,
-    /// Its size in bytes.
+    /// Its size in bytes, not 0: what is empty would be found anywhere.
     pub(crate) size: u64,
 }
 
@@ -123,7 +123,7 @@ impl Blob {
             let phys = number(data?)?;
             let size = number(size?)?;
             Frames::covering(phys, size)?;
-            (phys != 0).then_some(Self { phys, size })
+            (phys != 0 && size != 0).then_some(Self { phys, size })
         };
         read().ok_or(FdtError::Blob)
     }

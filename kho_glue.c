@@ -170,25 +170,22 @@ void __init kho_glue_free_block(unsigned long pfn, unsigned int order)
 	__free_pages_core(page, order, MEMINIT_EARLY);
 }
 
-/* What only movable memory may use does not count: scratch and ZONE_MOVABLE. */
-unsigned long __init kho_glue_nr_free(int nid)
+/* The next page from which on another zone of the node begins or ends. */
+unsigned long __init kho_glue_zone_border(unsigned long pfn, int nid)
 {
-	unsigned long pages = 0;
-	struct zone *zone;
+	unsigned long border = ULONG_MAX;
 
-	for_each_populated_zone(zone) {
-		if (zone_idx(zone) == ZONE_MOVABLE ||
-		    (nid != NUMA_NO_NODE && zone_to_nid(zone) != nid))
+	for (int i = 0; i < MAX_NR_ZONES; i++) {
+		struct zone *zone = &NODE_DATA(nid)->node_zones[i];
+
+		if (!zone->spanned_pages)
 			continue;
-		pages += zone_page_state(zone, NR_FREE_PAGES) -
-			 zone_page_state(zone, NR_FREE_CMA_PAGES);
+		if (zone->zone_start_pfn > pfn)
+			border = min(border, zone->zone_start_pfn);
+		else if (zone_end_pfn(zone) > pfn)
+			border = min(border, zone_end_pfn(zone));
 	}
-	return pages;
-}
-
-bool __init kho_glue_is_movable(unsigned long pfn, int nid)
-{
-	return zone_spans_pfn(&NODE_DATA(nid)->node_zones[ZONE_MOVABLE], pfn);
+	return border;
 }
 
 void __init kho_glue_add_totalram(unsigned long nr_pages)

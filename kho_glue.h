@@ -39,7 +39,6 @@ const size_t RUST_CONST_HELPER_KHO_VMALLOC_SIZE = KHO_VMALLOC_SIZE;
 const unsigned int RUST_CONST_HELPER_KHO_MAX_PAGE_ORDER = MAX_PAGE_ORDER;
 const unsigned int RUST_CONST_HELPER_KHO_MAX_FOLIO_ORDER = MAX_FOLIO_ORDER;
 const size_t RUST_CONST_HELPER_KHO_PAGE_PRIVATE = offsetof(struct page, private);
-const unsigned int RUST_CONST_HELPER_KHO_MAX_NODES = MAX_NUMNODES;
 const size_t RUST_CONST_HELPER_KHO_PAGE_LRU = offsetof(struct page, lru);
 #endif
 
@@ -70,8 +69,7 @@ unsigned long kho_glue_first_deferred(int nid);
 void kho_glue_init_deferred(struct page *page, unsigned long pfn, int nid);
 void kho_glue_init_pageblocks(unsigned long pfn, unsigned long nr_pages);
 void kho_glue_free_block(unsigned long pfn, unsigned int order);
-unsigned long kho_glue_nr_free(int nid);
-bool kho_glue_is_movable(unsigned long pfn, int nid);
+unsigned long kho_glue_zone_border(unsigned long pfn, int nid);
 void kho_glue_add_totalram(unsigned long nr_pages);
 void kho_glue_in_parallel(void (*fn)(unsigned long start, unsigned long end, void *arg),
 			  unsigned long start, unsigned long end, unsigned long align);

@@ -11,8 +11,9 @@
 //!                                          is reserved, see kho_scratch
 //! ```
 //!
-//! A handover that is refused, for whatever reason, is named in one line, and the kernel boots as
-//! if there were none: all memory is its own then.
+//! A handover that is refused is named in one line, and the kernel boots as if there were none.
+//! What the readable part of it names is kept, though, if that leaves the machine enough memory: a
+//! device may still write there.
 //!
 //! Everything here is `__init`; it runs on one CPU, before there is anything else.
 
@@ -28,7 +29,8 @@ use super::kho_sys::{
 };
 use super::kho_takeover::{
     Machine,
-    Refusal, //
+    Refusal,
+    EXTENSION, //
 };
 use super::kho_withheld::{
     Ranges,
@@ -51,17 +53,13 @@ use kernel::{
 /// its reach whatever the alignment. A root FDT has one page.
 const EARLY_MAX: u64 = 128 * 1024;
 
-/// Scratch is extended by whole blocks of this size: coarse enough to be quick on large machines,
-/// and of no use on small ones.
-const EXTENSION: u64 = 1 << 30;
-
 /// The size of the memory with the FDT that was handed over, and the physical address of the table
 /// of scratch areas.
 // Only `populate()` writes it and only `init_early()` reads it.
 #[link_section = ".init.data"]
 static mut HANDED: (u64, u64) = (0, 0);
 
-/// What was handed over and found sound.
+/// What was handed over, as far as it is to be kept.
 // Only `init_early()` writes it and only `init()` reads it.
 #[link_section = ".init.data"]
 static mut FOUND: Option<Takeover> = None;
@@ -72,9 +70,22 @@ static INHERITED: AtomicBool = AtomicBool::new(false);
 /// Says that there is no handover, why, and about what address.
 #[cold]
 #[link_section = ".init.text"]
-fn refuse((what, at): (&str, u64)) {
+fn say_refused((what, at): (&str, u64)) {
     pr_err!("handover refused: {what} ({at:#x})\n");
     kho_state::set_handover(0);
+}
+
+/// Refuses the handover, and keeps nothing of it.
+#[cold]
+#[link_section = ".init.text"]
+fn refuse(why: (&str, u64)) {
+    say_refused(why);
+    use_all_memory();
+}
+
+/// Lets memblock allocate from everywhere.
+#[link_section = ".init.text"]
+fn use_all_memory() {
     if INHERITED.load(Ordering::Relaxed) {
         // No memory needs to be spared any more.
         // SAFETY: Early boot.
@@ -122,12 +133,16 @@ pub(crate) fn populate(fdt_phys: u64, fdt_len: u64, scratch_phys: u64, scratch_l
         return refuse((error.what(), fdt_phys));
     }
 
+    // How many areas there are is the other kernel's choice, which may know of more nodes.
     const ENTRY: u64 = size_of::<bindings::kho_scratch>() as u64;
     let count = scratch_len / ENTRY;
-    let limit = u64::from(bindings::KHO_MAX_NODES).wrapping_add(2);
-    let table = EarlyMap::new(scratch_phys, scratch_len)
-        .filter(|_| scratch_len % ENTRY == 0 && count <= limit && scratch_phys % 8 == 0);
-    let Some(table) = table else {
+    if scratch_len % ENTRY != 0 || scratch_phys % 8 != 0 {
+        return refuse((
+            "the table of scratch areas has a bad size or place",
+            scratch_phys,
+        ));
+    }
+    let Some(table) = EarlyMap::new(scratch_phys, scratch_len) else {
         return refuse(("the table of scratch areas cannot be mapped", scratch_phys));
     };
     // SAFETY: It is mapped for as long as this function runs, and aligned.
@@ -138,6 +153,9 @@ pub(crate) fn populate(fdt_phys: u64, fdt_len: u64, scratch_phys: u64, scratch_l
         .any(|area| area.size > 0 && Frames::exact(area.addr, area.size).is_none())
     {
         return refuse(("a scratch area is not made of pages", scratch_phys));
+    }
+    if areas.iter().all(|area| area.size == 0) {
+        return refuse(("there is no scratch area", scratch_phys));
     }
     for area in areas {
         // From here on, memblock may need memory for its own arrays, which has to be scratch.
@@ -174,22 +192,41 @@ pub(crate) fn populate(fdt_phys: u64, fdt_len: u64, scratch_phys: u64, scratch_l
     pr_info!("found kexec handover data.\n");
 }
 
-/// Checks the FDT in the `len` bytes at `phys` again, where it is used from now on, and that its
-/// subtrees are in memory. Returns where the tree is.
+/// Checks the FDT in the `len` bytes at `phys` again, where it is used from now on. Returns it, and
+/// where the tree is.
 #[link_section = ".init.text"]
-fn check_fdt(phys: u64, len: u64) -> Result<NodeAddr, FdtError> {
+fn check_fdt(phys: u64, len: u64) -> Result<(Fdt, NodeAddr), FdtError> {
     if !Frames::covering(phys, len).is_some_and(is_memory) {
         return Err(FdtError::Magic);
     }
     // SAFETY: It is memory.
     let fdt = unsafe { Fdt::new(kho_sys::virt(phys), len) }?;
-    for blob in fdt.blobs() {
-        let blob = blob?;
-        if !Frames::covering(blob.phys, blob.size).is_some_and(is_memory) {
-            return Err(FdtError::Blob);
+    let root = fdt.memory_map()?;
+    Ok((fdt, root))
+}
+
+/// Takes the subtrees out of the FDT whose blobs were not preserved whole: nobody may be told of
+/// memory that the last kernel gave to somebody else.
+#[link_section = ".init.text"]
+fn check_subtrees(fdt: &Fdt, takeover: &Takeover) {
+    for node in fdt.subtrees() {
+        let blob = fdt.blob_at(node);
+        let frames =
+            blob.and_then(|blob| Frames::covering(blob.phys, blob.size).ok_or(FdtError::Blob));
+        if frames.is_ok_and(|frames| takeover.has(frames)) {
+            continue;
         }
+        let name = fdt.name(node);
+        match blob {
+            Ok(blob) => pr_warn!(
+                "subtree {name} ignored: its blob of {} bytes at {:#x} is not preserved\n",
+                blob.size,
+                blob.phys
+            ),
+            Err(error) => pr_warn!("subtree {name} ignored: {}\n", error.what()),
+        }
+        fdt.take_out(node);
     }
-    fdt.memory_map()
 }
 
 /// Checks what was handed over, and lets memblock allocate from where it leaves room.
@@ -203,30 +240,44 @@ pub(crate) fn init_early() {
     let (fdt_len, table) = unsafe { HANDED };
     // SAFETY: Early boot; the table was reserved.
     unsafe { bindings::kho_scratch = kho_sys::virt(table) };
-    if !kho_state::is_enabled() {
-        refuse(("KHO is off here, and nobody would take it back", 0));
-        // This kernel has no use for scratch.
-        unmark(kho_sys::scratch());
-        // SAFETY: Early boot.
-        unsafe { bindings::kho_scratch_cnt = 0 };
-        return;
-    }
-    let fdt = kho_state::handover().unwrap_or(0);
-    let root = match check_fdt(fdt, fdt_len) {
-        Ok(root) => root,
-        Err(error) => return refuse((error.what(), fdt)),
+    let phys = kho_state::handover().unwrap_or(0);
+    let (fdt, root) = match check_fdt(phys, fdt_len) {
+        Ok(found) => found,
+        Err(error) => return refuse((error.what(), phys)),
     };
     // SAFETY: May be called at any time.
     let start = unsafe { bindings::kho_glue_cycles() };
-    match Takeover::read(root, Pfn::containing(fdt)) {
-        Ok(mut takeover) => {
+    let Ok(mut takeover) = Takeover::read(root) else {
+        return refuse(Refusal::NoMemory.what());
+    };
+    if !Frames::covering(phys, fdt.size() as u64).is_some_and(|frames| takeover.has(frames)) {
+        takeover.census.refusal.get_or_insert(Refusal::Fdt(phys));
+    }
+    let refusal = takeover.census.refusal;
+    match refusal {
+        Some(refusal) => say_refused(refusal.what()),
+        None => check_subtrees(&fdt, &takeover),
+    }
+    match takeover.plan() {
+        Ok(true) => {
             extend(takeover.busy());
             // SAFETY: As above.
             takeover.cycles = unsafe { bindings::kho_glue_cycles() }.wrapping_sub(start);
             // SAFETY: Early boot; see the static.
             unsafe { FOUND = Some(takeover) };
         }
-        Err(refusal) => refuse(refusal.what()),
+        Ok(false) => {
+            pr_warn!("too little memory would be left to keep what it names\n");
+            takeover.forget();
+            use_all_memory();
+        }
+        Err(error) => {
+            takeover.forget();
+            match refusal {
+                Some(_) => use_all_memory(),
+                None => refuse(Refusal::from(error).what()),
+            }
+        }
     }
 }
 
@@ -286,6 +337,10 @@ pub(crate) fn init() {
             refuse(refusal.what());
         }
     }
+    if !kho_state::is_enabled() {
+        // This kernel hands nothing over, and has no use for scratch.
+        unmark(kho_sys::scratch());
+    }
 }
 
 #[link_section = ".init.text"]
@@ -297,14 +352,34 @@ fn take_over(takeover: Takeover) -> Result<(), Refusal> {
     let cycles = unsafe { bindings::kho_glue_cycles() }.wrapping_sub(start);
     let cycles = cycles.wrapping_add(takeover.cycles);
 
-    if let Some(pfn) = takeover.census.overlap {
+    let census = &takeover.census;
+    let kept = takeover.kept << (PAGE_SHIFT - 10);
+    if census.refusal.is_some() {
+        pr_warn!("{kept} KiB that the refused handover names stay reserved\n");
+        return Ok(());
+    }
+    if census.lost > 0 {
+        pr_warn!(
+            "takeover: {} blocks are not RAM outside scratch and cannot be restored, the first at \
+             {:#x}; {kept} KiB of them stay reserved\n",
+            census.lost,
+            census.first_lost
+        );
+    }
+    if !kho_state::is_enabled() {
+        pr_warn!(
+            "off, but {} KiB were handed over and stay reserved until they are restored\n",
+            census.frames << (PAGE_SHIFT - 10)
+        );
+    }
+    if let Some(pfn) = census.overlap {
         kho_sys::complain(
             "memory was preserved twice, only the larger block can be restored",
             pfn << PAGE_SHIFT,
         );
     }
     let mut blocks = 0u64;
-    for (order, count) in takeover.census.orders() {
+    for (order, count) in census.orders() {
         blocks = blocks.wrapping_add(count);
         pr_info!("takeover: order {}: {} blocks\n", order.get(), count);
     }
@@ -312,8 +387,8 @@ fn take_over(takeover: Takeover) -> Result<(), Refusal> {
         "takeover: {} blocks in {} runs, {} pages, {} tree nodes, {} cycles\n",
         blocks,
         takeover.ranges,
-        takeover.census.frames,
-        takeover.census.nodes,
+        census.frames,
+        census.nodes,
         cycles
     );
     Ok(())
@@ -381,6 +456,29 @@ fn is_memory(frames: Frames) -> bool {
     at >= end
 }
 
+/// Returns how many frames of memory there are.
+#[link_section = ".init.text"]
+pub(crate) fn total_frames() -> u64 {
+    let mut count = 0u64;
+    for frames in memory_frames() {
+        count = count.saturating_add(frames.count());
+    }
+    count
+}
+
+/// Returns the first frames of `frames` that are in one region of memory, or all in none.
+#[link_section = ".init.text"]
+pub(crate) fn in_one_region(frames: Frames) -> Frames {
+    let at = frames.phys();
+    let border = match after(memory(), at).first() {
+        Some(region) if region.base > at => region.base,
+        Some(region) => region.base.saturating_add(region.size),
+        None => u64::MAX,
+    };
+    // A page that two regions share is of neither.
+    frames.head((border >> PAGE_SHIFT).saturating_sub(frames.start()).max(1))
+}
+
 /// Returns the regions of memory as frames, ascending.
 #[link_section = ".init.text"]
 pub(crate) fn memory_frames() -> MemoryFrames {
@@ -422,6 +520,19 @@ impl Machine for Memblock {
     #[link_section = ".init.text"]
     fn room(&self, pfn: u64) -> Option<Frames> {
         first_room(pfn).filter(|room| room.start() == pfn)
+    }
+
+    #[link_section = ".init.text"]
+    fn ram(&self, pfn: u64) -> Option<Frames> {
+        let from = pfn.checked_mul(1 << PAGE_SHIFT)?;
+        for region in after(memory(), from) {
+            let end = region.base.saturating_add(region.size);
+            let ram = inside(region.base.max(from), end);
+            if is_mapped(region) && ram.count() > 0 {
+                return Some(ram);
+            }
+        }
+        None
     }
 }
 
@@ -513,6 +624,29 @@ pub(crate) fn free_frames(frames: Frames) -> u64 {
     count
 }
 
+/// Reserves what of `frames` nobody has reserved, as far as they are in the scratch area that the
+/// first one is in. Returns the frames that were looked at, and how many were reserved.
+#[link_section = ".init.text"]
+pub(crate) fn keep_scratch(frames: Frames) -> (Frames, u64) {
+    let part = match kho_sys::next_scratch(frames.phys()) {
+        Some(area) if area.addr <= frames.phys() => {
+            let end = area.addr.saturating_add(area.size) >> PAGE_SHIFT;
+            frames.head(end.saturating_sub(frames.start()).max(1))
+        }
+        _ => frames.head(1),
+    };
+    let mut kept = 0u64;
+    let mut rest = part;
+    loop {
+        let free = unreserved(rest);
+        if free.count() == 0 || reserve_with(free, 0).is_err() {
+            return (part, kept);
+        }
+        kept = kept.saturating_add(free.count());
+        rest = rest.tail(free.end().wrapping_sub(rest.start()));
+    }
+}
+
 /// Keeps `frames`, which nobody has reserved, from the page allocator and from whoever initialises
 /// struct pages.
 #[link_section = ".init.text"]
@@ -521,7 +655,11 @@ pub(crate) fn reserve(frames: Frames) -> Result<(), Refusal> {
         return Ok(());
     }
     // memblock takes a flag together with a range only if no part of it has been reserved without.
-    let flags = bindings::memblock_flags_MEMBLOCK_RSRV_NOINIT;
+    reserve_with(frames, bindings::memblock_flags_MEMBLOCK_RSRV_NOINIT)
+}
+
+#[link_section = ".init.text"]
+fn reserve_with(frames: Frames, flags: bindings::memblock_flags) -> Result<(), Refusal> {
     // SAFETY: Early boot.
     let error = unsafe {
         let none = bindings::NUMA_NO_NODE;

@@ -156,7 +156,7 @@ impl Node {
 
     /// Returns the first run of set bits at or after bit `from`: its first bit, and how many.
     #[inline(never)]
-    fn run_from(&self, from: u64) -> Option<(u64, u64)> {
+    pub(crate) fn run_from(&self, from: u64) -> Option<(u64, u64)> {
         if from >= LEAF_SIZE {
             return None;
         }
@@ -817,8 +817,10 @@ impl<M: NodeMem> Tree<M> {
             _ => level_shift(level).wrapping_add(TABLE_BITS),
         };
         let last = first | 1u64.checked_shl(bits).unwrap_or(0).wrapping_sub(1);
-        if !visitor.node(addr, first, last) {
-            return false;
+        match visitor.node(addr, first, last) {
+            Step::In => {}
+            Step::Over => return true,
+            Step::Stop => return false,
         }
         let node = self.mem.node(addr);
         if level == 0 {
@@ -904,13 +906,24 @@ fn clear(leaf: &Node, key: Key) -> Removal {
     }
 }
 
-/// Sees the nodes of a tree; each function returns whether to go on.
-pub(crate) trait Visitor {
-    /// A node at `addr`, which has room for the keys from `first` to `last`. It has not been
-    /// read yet, and is only if this returns true.
-    fn node(&mut self, addr: NodeAddr, first: u64, last: u64) -> bool;
+/// Where a walk goes from a node.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Step {
+    /// Into the node.
+    In,
+    /// Over the node, and what is below it, without reading it.
+    Over,
+    /// Nowhere: the walk ends.
+    Stop,
+}
 
-    /// A leaf whose bit 0 is the key `first`.
+/// Sees the nodes of a tree.
+pub(crate) trait Visitor {
+    /// A node at `addr`, whose keys are those from `first` to `last`. It has not been read yet,
+    /// and is read only if this returns [`Step::In`].
+    fn node(&mut self, addr: NodeAddr, first: u64, last: u64) -> Step;
+
+    /// A leaf whose bit 0 is the key `first`. Returns whether to go on.
     fn leaf(&mut self, first: u64, leaf: &Node) -> bool;
 }
 

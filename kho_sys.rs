@@ -618,7 +618,7 @@ pub(crate) struct Fdt(*const c_void);
 
 /// A node of an FDT: libfdt's offset.
 #[derive(Clone, Copy)]
-struct FdtNode(c_int);
+pub(crate) struct FdtNode(c_int);
 
 impl FdtNode {
     const ROOT: Self = Self(0);
@@ -692,8 +692,9 @@ impl Fdt {
         kho_fdt::memory_map(self.property(FdtNode::ROOT, bindings::KHO_FDT_MEMORY_MAP_PROP_NAME))
     }
 
+    /// Returns the blob of a subtree.
     #[inline(never)]
-    fn blob_at(&self, node: FdtNode) -> Result<Blob, FdtError> {
+    pub(crate) fn blob_at(&self, node: FdtNode) -> Result<Blob, FdtError> {
         Blob::from_properties(
             self.property(node, bindings::KHO_SUB_TREE_PROP_NAME),
             self.property(node, bindings::KHO_SUB_TREE_SIZE_PROP_NAME),
@@ -713,7 +714,8 @@ impl Fdt {
         }
     }
 
-    fn subtrees(&self) -> impl Iterator<Item = FdtNode> + '_ {
+    /// Returns the subtrees.
+    pub(crate) fn subtrees(&self) -> impl Iterator<Item = FdtNode> + '_ {
         // SAFETY: As in `property()`.
         let mut next = unsafe { bindings::fdt_first_subnode(self.0, 0) };
         core::iter::from_fn(move || {
@@ -727,9 +729,28 @@ impl Fdt {
         })
     }
 
-    /// Returns the blobs of all subtrees.
-    pub(crate) fn blobs(&self) -> impl Iterator<Item = Result<Blob, FdtError>> + '_ {
-        self.subtrees().map(|node| self.blob_at(node))
+    /// Returns the name of a subtree, to be printed.
+    #[link_section = ".init.text"]
+    pub(crate) fn name(&self, node: FdtNode) -> &str {
+        let mut len = 0;
+        // SAFETY: As in `property()`. A name has the length that libfdt says.
+        let name = unsafe {
+            let name = bindings::fdt_get_name(self.0, node.0, &mut len);
+            if name.is_null() {
+                return "?";
+            }
+            core::slice::from_raw_parts(name.cast::<u8>(), usize::try_from(len).unwrap_or(0))
+        };
+        core::str::from_utf8(name).unwrap_or("?")
+    }
+
+    /// Takes a subtree out, so that nobody finds it any more. What others there are stays where it
+    /// is.
+    #[link_section = ".init.text"]
+    pub(crate) fn take_out(&self, node: FdtNode) {
+        // SAFETY: By the type invariant this is an FDT in memory that nobody else has, and libfdt
+        // has found the node in it. An error leaves it as it is.
+        unsafe { bindings::fdt_nop_node(self.0.cast_mut(), node.0) };
     }
 }
 

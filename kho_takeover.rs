@@ -7,11 +7,20 @@
 //!
 //! ```text
 //!  chart()    every node of the tree is in RAM, outside scratch, and met once;
-//!             no node stands for memory that does not exist;
-//!             every block is in RAM, outside scratch; one bit for each preserved frame,
-//!             and whether any two blocks overlap
+//!             no node stands for memory that does not exist:
+//!                 else the handover is refused
+//!             every block is in RAM, outside scratch:
+//!                 else only that block is lost
+//!             one bit for each preserved frame, and whether any two blocks overlap
 //!  grains()   which large blocks of memory have any of those frames
+//!  coarsen()  fewer and longer runs of them
 //! ```
+//!
+//! A mistake of one kernel, or of one user of it, costs as little as possible. A block that cannot
+//! be taken over is a mistake about that block, and its memory is kept from everybody as far as it
+//! is there. A broken node says nothing about how the rest came about, so that nothing in such a
+//! tree is restored; but what the rest names may still be in use by a device, so that the walk goes
+//! on, and what it finds can be kept as well.
 //!
 //! A node is checked before it is read, and the tree is walked once. How long that takes in a
 //! broken tree is bounded: there are only as many leaves to look at as it takes to describe the RAM
@@ -36,6 +45,7 @@ use super::kho_radix::{
     NodeAddr,
     NodeMem,
     Run,
+    Step,
     Tree,
     Visitor,
     LEAF_BITS,
@@ -53,6 +63,11 @@ const ORDERS: usize = Order::MAX.get() as usize + 1;
 /// Keys, and so frames of a chart, in a leaf.
 const LEAF_SIZE: u64 = 1 << LEAF_BITS;
 
+/// Memory that memblock may allocate from before takeover, next to scratch, is found in whole blocks
+/// of this size, as in the C implementation: coarse enough to be quick on large machines, and of no
+/// use on small ones.
+pub(crate) const EXTENSION: u64 = 1 << 30;
+
 /// Why a handover is refused.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Refusal {
@@ -62,8 +77,6 @@ pub(crate) enum Refusal {
     Node(u64),
     /// A tree node stands for memory that does not exist.
     Reach(u64),
-    /// Preserved memory that is not RAM of this machine, or lies in scratch.
-    Range(Frames),
     /// The root FDT is not preserved itself.
     Fdt(u64),
     /// A range could not be reserved; the kernel's error number.
@@ -83,12 +96,8 @@ impl Refusal {
     pub(crate) const fn what(self) -> (&'static str, u64) {
         match self {
             Self::NoMemory => ("no memory to check it with", 0),
-            Self::Node(phys) => ("no tree node can be there", phys),
-            Self::Reach(phys) => ("a tree node for memory that does not exist", phys),
-            Self::Range(frames) => (
-                "preserved memory that is not RAM outside scratch",
-                frames.phys(),
-            ),
+            Self::Node(phys) => ("tree node outside usable memory, or met twice", phys),
+            Self::Reach(phys) => ("tree node covers no existing memory", phys),
             Self::Fdt(phys) => ("the FDT is not preserved", phys),
             Self::Reserve(frames, _) => ("memory that cannot be reserved", frames.phys()),
         }
@@ -103,6 +112,16 @@ pub(crate) trait Machine {
     /// Returns the frames from `pfn` on that are RAM outside scratch, as many as are known to
     /// follow each other; [`None`] if the first one is not.
     fn room(&self, pfn: u64) -> Option<Frames>;
+
+    /// Returns the first frames from `pfn` on that are RAM, in scratch or not, as many as are known
+    /// to follow each other.
+    fn ram(&self, pfn: u64) -> Option<Frames>;
+}
+
+/// Returns whether all of `frames` is RAM outside scratch, so that it can be taken over.
+#[link_section = ".init.text"]
+pub(crate) fn is_usable(machine: &dyn Machine, frames: Frames) -> bool {
+    in_room(machine, &mut Frames::EMPTY, frames)
 }
 
 /// Returns whether all of `frames` is RAM outside scratch. `room` is where that was true last.
@@ -143,12 +162,18 @@ fn reaches_ram(first: u64, last: u64, ram_end: u64) -> bool {
 pub(crate) struct Census {
     /// Nodes of the tree.
     pub(crate) nodes: u64,
-    /// Blocks, by order.
+    /// Blocks that can be taken over, by order.
     blocks: [u64; ORDERS],
     /// Frames in those blocks, each counted once.
     pub(crate) frames: u64,
     /// The first frame that was found to be in more than one block.
     pub(crate) overlap: Option<u64>,
+    /// Blocks that cannot be taken over: not all of each is RAM outside scratch.
+    pub(crate) lost: u64,
+    /// The physical address of the first of them.
+    pub(crate) first_lost: u64,
+    /// The first thing that is wrong with the tree itself.
+    pub(crate) refusal: Option<Refusal>,
 }
 
 impl Default for Census {
@@ -159,6 +184,9 @@ impl Default for Census {
             blocks: [0; ORDERS],
             frames: 0,
             overlap: None,
+            lost: 0,
+            first_lost: 0,
+            refusal: None,
         }
     }
 }
@@ -172,57 +200,82 @@ impl Census {
     }
 }
 
-/// Checks every node and every preserved block against the machine. Adds the numbers of their
-/// frames to `nodes` and to `held`, of which `nodes` must be empty.
+/// The sets of frames that [`chart`] makes; all must be empty.
+pub(crate) struct Sets<'a, S> {
+    /// The nodes of the tree.
+    pub(crate) nodes: &'a Tree<S>,
+    /// What is in blocks that can be taken over.
+    pub(crate) held: &'a Tree<S>,
+    /// What is RAM in blocks that cannot.
+    pub(crate) lost: &'a Tree<S>,
+}
+
+/// Checks every node and every preserved block against the machine, and notes their frames. Goes on
+/// behind a node that is not sound; if there is one, [`Census::refusal`] says which.
+///
+/// # Errors
+///
+/// [`NoMemory`] if the sets could not be made. They say nothing then.
 #[link_section = ".init.text"]
 pub(crate) fn chart<M: NodeMem, S: NodeMem>(
     tree: &Tree<M>,
     machine: &dyn Machine,
-    nodes: &Tree<S>,
-    held: &Tree<S>,
-) -> Result<Census, Refusal> {
+    sets: Sets<'_, S>,
+) -> Result<Census, NoMemory> {
     let mut chart = Chart {
         tree,
         machine,
-        nodes,
-        held,
+        sets,
         room: Frames::EMPTY,
         census: Census::default(),
-        refusal: None,
+        out_of_memory: false,
     };
     tree.visit(&mut chart);
-    match chart.refusal {
-        None => Ok(chart.census),
-        Some(refusal) => Err(refusal),
+    if chart.out_of_memory {
+        return Err(NoMemory);
     }
+    Ok(chart.census)
 }
 
 struct Chart<'a, M, S> {
     tree: &'a Tree<M>,
     machine: &'a dyn Machine,
-    nodes: &'a Tree<S>,
-    held: &'a Tree<S>,
+    sets: Sets<'a, S>,
     room: Frames,
     census: Census,
-    refusal: Option<Refusal>,
+    out_of_memory: bool,
 }
 
 impl<M: NodeMem, S: NodeMem> Chart<'_, M, S> {
-    /// Checks a node with room for the keys from `first` to `last`, before it is read.
+    /// Notes that the tree is not sound.
+    #[cold]
     #[link_section = ".init.text"]
-    fn meet(&mut self, addr: NodeAddr, first: u64, last: u64) -> Result<(), Refusal> {
+    fn refuse(&mut self, refusal: Refusal) {
+        self.census.refusal.get_or_insert(refusal);
+    }
+
+    /// Checks a node with room for the keys from `first` to `last`, before it is read. Returns
+    /// whether it is sound.
+    #[link_section = ".init.text"]
+    fn meet(&mut self, addr: NodeAddr, first: u64, last: u64) -> Result<bool, NoMemory> {
         let phys = addr.get();
         let node = Frames::exact(phys, 1 << PAGE_SHIFT)
             .filter(|frames| self.machine.room(frames.start()).is_some())
             .map(|frames| Key::of_frame(frames.start()));
-        if !self.nodes.add(node.ok_or(Refusal::Node(phys))?)? {
-            return Err(Refusal::Node(phys));
+        let is_new = match node {
+            Some(node) => self.sets.nodes.add(node)?,
+            None => false,
+        };
+        if !is_new {
+            self.refuse(Refusal::Node(phys));
+            return Ok(false);
         }
         if !reaches_ram(first, last, self.machine.ram_end()) {
-            return Err(Refusal::Reach(phys));
+            self.refuse(Refusal::Reach(phys));
+            return Ok(false);
         }
         self.census.nodes = self.census.nodes.wrapping_add(1);
-        Ok(())
+        Ok(true)
     }
 
     /// Notes that `count` more blocks of `order` have been seen, and in them `frames` frames that
@@ -235,6 +288,27 @@ impl<M: NodeMem, S: NodeMem> Chart<'_, M, S> {
         self.census.frames = self.census.frames.wrapping_add(frames);
     }
 
+    /// Notes a block that cannot be taken over, and what of it is RAM: unless it is more than half
+    /// of all there is, which nobody can have preserved, or there is no memory to note it with.
+    #[cold]
+    #[link_section = ".init.text"]
+    fn lose(&mut self, block: Block) {
+        if self.census.lost == 0 {
+            self.census.first_lost = block.pfn().phys();
+        }
+        self.census.lost = self.census.lost.wrapping_add(1);
+        let mut rest = Frames::of_block(block);
+        if rest.count() > self.machine.ram_end() / 2 {
+            return;
+        }
+        while let Some(ram) = self.machine.ram(rest.start()).map(|ram| ram.both(rest)) {
+            if ram.count() == 0 || fill(self.sets.lost, ram).is_err() {
+                return;
+            }
+            rest = rest.tail(ram.end().wrapping_sub(rest.start()));
+        }
+    }
+
     /// Returns where the first block of `run` starts that lies in a larger one. Those have all
     /// been seen, and so have the nodes on the way to them: keys of larger blocks come first.
     #[link_section = ".init.text"]
@@ -242,7 +316,7 @@ impl<M: NodeMem, S: NodeMem> Chart<'_, M, S> {
     fn first_claimed(&self, run: Run) -> Option<u64> {
         for i in 0..run.count {
             let block = Key::new(run.first.get().wrapping_add(i))?.block()?;
-            if is_claimed(self.tree, &self.census, block) {
+            if is_claimed(self.tree, &self.census, self.machine, block) {
                 return Some(block.pfn().get());
             }
         }
@@ -251,14 +325,19 @@ impl<M: NodeMem, S: NodeMem> Chart<'_, M, S> {
 
     /// Charts a run of blocks of one order.
     #[link_section = ".init.text"]
-    fn run(&mut self, run: Run) -> Result<(), Refusal> {
+    fn run(&mut self, run: Run) -> Result<(), NoMemory> {
         let Some((block, frames)) = run.first.block().zip(Frames::of_run(run)) else {
-            return Err(Refusal::Reach(run.first.get()));
+            self.refuse(Refusal::Reach(run.first.get()));
+            return Ok(());
         };
         if !in_room(self.machine, &mut self.room, frames) {
-            return Err(Refusal::Range(frames));
+            if run.count > 1 {
+                return self.one_by_one(run);
+            }
+            self.lose(block);
+            return Ok(());
         }
-        let again = fill(self.held, frames)?;
+        let again = fill(self.sets.held, frames)?;
         if again > 0 && self.census.overlap.is_none() {
             self.census.overlap = self.first_claimed(run);
         }
@@ -267,11 +346,23 @@ impl<M: NodeMem, S: NodeMem> Chart<'_, M, S> {
         Ok(())
     }
 
+    /// Charts the blocks of a run of which at least one cannot be taken over.
+    #[cold]
+    #[link_section = ".init.text"]
+    fn one_by_one(&mut self, run: Run) -> Result<(), NoMemory> {
+        for i in 0..run.count {
+            if let Some(first) = Key::new(run.first.get().wrapping_add(i)) {
+                self.run(Run { first, count: 1 })?;
+            }
+        }
+        Ok(())
+    }
+
     /// Charts a leaf of blocks that are no larger than a word of the chart. Its first bit is the
     /// block at frame `first`.
     #[link_section = ".init.text"]
-    fn small(&mut self, first: u64, order: Order, leaf: &Node) -> Result<(), Refusal> {
-        let held = self.held;
+    fn small(&mut self, first: u64, order: Order, leaf: &Node) -> Result<(), NoMemory> {
+        let held = self.sets.held;
         let mut chart: Option<(u64, &Node)> = None;
         let mut at = 0;
         while let Some((index, mut blocks)) = leaf.next_used(at) {
@@ -280,12 +371,13 @@ impl<M: NodeMem, S: NodeMem> Chart<'_, M, S> {
             let bit = index.wrapping_mul(WORD_BITS);
             let mut pfn = first.wrapping_add(bit.wrapping_shl(order.get()));
             while blocks != 0 {
-                let (word, count) = widen(blocks, order);
+                let (mut word, mut count) = widen(blocks, order);
+                let (start, end) = (self.room.start(), self.room.end());
+                if word != 0 && (pfn < start || pfn.wrapping_add(WORD_BITS) > end) {
+                    word = self.check(pfn, word, order);
+                    count = u64::from(word.count_ones()).wrapping_shr(order.get());
+                }
                 if word != 0 {
-                    let (start, end) = (self.room.start(), self.room.end());
-                    if pfn < start || pfn.wrapping_add(WORD_BITS) > end {
-                        self.check(pfn, word)?;
-                    }
                     let number = pfn / LEAF_SIZE;
                     let to = match chart {
                         Some((last, to)) if last == number => to,
@@ -310,26 +402,34 @@ impl<M: NodeMem, S: NodeMem> Chart<'_, M, S> {
         Ok(())
     }
 
-    /// Checks the frames of the bits in `word` one by one.
+    /// Checks the blocks of `order` whose frames are the bits in `word` one by one. Returns the
+    /// bits of those that can be taken over.
     #[link_section = ".init.text"]
     #[inline(never)]
-    fn check(&mut self, pfn: u64, word: u64) -> Result<(), Refusal> {
-        let mut rest = word;
+    fn check(&mut self, pfn: u64, word: u64, order: Order) -> u64 {
+        // OVERFLOW: The order is at most `WORD_ORDER`.
+        let ones = u64::MAX.wrapping_shr(WORD_BITS.wrapping_sub(order.pages()) as u32);
+        let (mut rest, mut good) = (word, 0u64);
         while rest != 0 {
-            let pfn = pfn.wrapping_add(rest.trailing_zeros().into());
-            let Some(frames) = Pfn::new(pfn).and_then(|pfn| Frames::new(pfn, 1)) else {
-                return Err(Refusal::Reach(pfn));
+            let bit = rest.trailing_zeros();
+            let bits = ones.wrapping_shl(bit);
+            rest &= !bits;
+            let first = Pfn::new(pfn.wrapping_add(bit.into()));
+            // A key has a frame number, and blocks in a word are aligned as their bits are.
+            let Some(block) = first.and_then(|first| Block::new(first, order)) else {
+                continue;
             };
-            if !in_room(self.machine, &mut self.room, frames) {
-                return Err(Refusal::Range(frames));
+            if in_room(self.machine, &mut self.room, Frames::of_block(block)) {
+                good |= bits;
+            } else {
+                self.lose(block);
             }
-            rest &= rest.wrapping_sub(1);
         }
-        Ok(())
+        good
     }
 
     #[link_section = ".init.text"]
-    fn chart(&mut self, first: u64, leaf: &Node) -> Result<(), Refusal> {
+    fn chart(&mut self, first: u64, leaf: &Node) -> Result<(), NoMemory> {
         // The largest orders share a leaf.
         let shared = first >> LEAF_BITS == 0;
         let block = Key::new(first).and_then(Key::block).filter(|_| !shared);
@@ -339,14 +439,10 @@ impl<M: NodeMem, S: NodeMem> Chart<'_, M, S> {
         for (bit, count) in leaf.runs() {
             let (step, times) = if shared { (1, count) } else { (count, 1) };
             for i in 0..times {
-                let number = first | bit.wrapping_add(i);
-                let Some(key) = Key::new(number) else {
-                    return Err(Refusal::Reach(number));
-                };
-                self.run(Run {
-                    first: key,
-                    count: step,
-                })?;
+                // A leaf has only bits that are keys.
+                if let Some(first) = Key::new(first | bit.wrapping_add(i)) {
+                    self.run(Run { first, count: step })?;
+                }
             }
         }
         Ok(())
@@ -355,15 +451,21 @@ impl<M: NodeMem, S: NodeMem> Chart<'_, M, S> {
 
 impl<M: NodeMem, S: NodeMem> Visitor for Chart<'_, M, S> {
     #[link_section = ".init.text"]
-    fn node(&mut self, addr: NodeAddr, first: u64, last: u64) -> bool {
-        self.refusal = self.meet(addr, first, last).err();
-        self.refusal.is_none()
+    fn node(&mut self, addr: NodeAddr, first: u64, last: u64) -> Step {
+        match self.meet(addr, first, last) {
+            Ok(true) => Step::In,
+            Ok(false) => Step::Over,
+            Err(NoMemory) => {
+                self.out_of_memory = true;
+                Step::Stop
+            }
+        }
     }
 
     #[link_section = ".init.text"]
     fn leaf(&mut self, first: u64, leaf: &Node) -> bool {
-        self.refusal = self.chart(first, leaf).err();
-        self.refusal.is_none()
+        self.out_of_memory = self.chart(first, leaf).is_err();
+        !self.out_of_memory
     }
 }
 
@@ -482,29 +584,63 @@ pub(crate) fn make_room<S: NodeMem>(set: &Tree<S>, run: Run) -> Result<(), NoMem
     Ok(())
 }
 
-/// Makes `grains`, of which none is above `last`, coarser, by adding neighbours up to there, until
-/// they make up no more than `limit` runs.
+/// Returns how many runs of grains memblock is told of at the most, on a machine with `ram` frames.
 ///
-/// Why: each run costs memblock time in proportion to how many it has already.
+/// One for each 64 MiB, and 256 at least: with fewer, [`coarsen`] would keep more memory back than
+/// it need, on the machines whose users scatter thousands of pages (LUO's lists of folios alone are
+/// that many on a host of 1 TiB). 16384 are enough, and are an array of 384 KiB; but what lies
+/// apart by [`EXTENSION`] is not joined, and needs a run of its own.
+#[link_section = ".init.text"]
+pub(crate) fn region_limit(ram: u64) -> usize {
+    let per = |bytes: u64| ram / (bytes >> PAGE_SHIFT).max(1);
+    let limit = per(64 << 20).clamp(256, 16384);
+    limit.max(per(EXTENSION).saturating_add(1)) as usize
+}
+
+/// Returns how many runs of `grains`, of which none is above `last`, there would be without gaps of
+/// fewer than `gap` between them.
+#[link_section = ".init.text"]
+fn runs_apart<S: NodeMem>(grains: &Tree<S>, last: Key, gap: u64) -> usize {
+    let mut count = 0usize;
+    let mut end: Option<u64> = None;
+    for run in grains.runs_between((Key::MIN, last)) {
+        let first = run.first.get();
+        if end.is_none_or(|end| first.saturating_sub(end) >= gap) {
+            count = count.saturating_add(1);
+        }
+        end = Some(first.saturating_add(run.count));
+    }
+    count
+}
+
+/// Closes the shortest gaps between runs of `grains`, of which none is above `last`, until there
+/// are no more than `limit` runs, or all gaps have the length of [`EXTENSION`]: then every gap that
+/// was closed lies in blocks of that size that hold something.
+///
+/// Why: memblock's list is walked again and again by those who use it while booting.
 #[link_section = ".init.text"]
 pub(crate) fn coarsen<S: NodeMem>(
     grains: &Tree<S>,
     last: Key,
+    grain: Order,
     limit: usize,
 ) -> Result<(), NoMemory> {
-    let all = (Key::MIN, last);
-    let mut size = 1u64;
-    while grains.runs_between(all).nth(limit).is_some() {
-        size = size.wrapping_mul(2);
-        for run in grains.runs_between(all) {
-            let first = run.first.get();
-            let end = first.wrapping_add(run.count);
-            let mask = size.wrapping_sub(1);
-            let more = end..=(end.wrapping_sub(1) | mask).min(last.get());
-            for grain in (first & !mask..first).chain(more) {
-                grains.add(Key::of_frame(grain))?;
-            }
+    let longest = (EXTENSION >> PAGE_SHIFT).wrapping_shr(grain.get());
+    let mut gap = 1u64;
+    while gap < longest && runs_apart(grains, last, gap) > limit {
+        gap = gap.saturating_mul(2).min(longest);
+    }
+    if gap == 1 {
+        return Ok(());
+    }
+    let mut end: Option<u64> = None;
+    for run in grains.runs_between((Key::MIN, last)) {
+        let first = run.first.get();
+        if let Some(end) = end.filter(|end| first.saturating_sub(*end) < gap) {
+            // Behind what is still to be looked at.
+            add_row(grains, end..first)?;
         }
+        end = Some(first.saturating_add(run.count));
     }
     Ok(())
 }
@@ -621,13 +757,42 @@ pub(crate) fn keys(frames: Frames, order: Order) -> Option<(Key, Key)> {
     (first <= last).then_some((first, last))
 }
 
-/// Returns whether a larger block of the tree has the frames of `block`, too.
+/// Returns whether a larger block that can be taken over has the frames of `block`, too.
 #[link_section = ".init.text"]
-pub(crate) fn is_claimed<M: NodeMem>(tree: &Tree<M>, census: &Census, block: Block) -> bool {
+pub(crate) fn is_claimed<M: NodeMem>(
+    tree: &Tree<M>,
+    census: &Census,
+    machine: &dyn Machine,
+    block: Block,
+) -> bool {
     for (order, _) in census.orders() {
-        if order > block.order() && tree.contains(Key::of(block.enclosing(order))) {
+        if order <= block.order() {
+            continue;
+        }
+        let larger = block.enclosing(order);
+        if tree.contains(Key::of(larger))
+            && (census.lost == 0 || is_usable(machine, Frames::of_block(larger)))
+        {
             return true;
         }
     }
     false
+}
+
+/// Returns whether all of `frames` is in a set.
+#[link_section = ".init.text"]
+pub(crate) fn has_all<S: NodeMem>(set: &Tree<S>, frames: Frames) -> bool {
+    let mut rest = frames;
+    while rest.count() > 0 {
+        let part = rest.head_to(LEAF_SIZE);
+        let bit = part.start() % LEAF_SIZE;
+        let run = set
+            .find_leaf(Key::of_frame(part.start()))
+            .and_then(|leaf| leaf.run_from(bit));
+        if !run.is_some_and(|(first, count)| first == bit && count >= part.count()) {
+            return false;
+        }
+        rest = rest.tail(part.count());
+    }
+    true
 }

@@ -3,12 +3,11 @@
 //! Memory that takeover withholds from the page allocator, and gives back where it was not
 //! preserved.
 //!
-//! memblock keeps its regions in an array that it searches from the start, and several users walk
-//! that array again and again. One region for each preserved range makes booting quadratic: in
-//! takeover, and after it in everything that looks at reserved memory. So memblock is told of
-//! *grains*: blocks of the page allocator's largest order that hold anything preserved. Neighbours
-//! are one region, and there are at most [`MOST_REGIONS`] of them, whatever was preserved and
-//! however it is scattered.
+//! memblock keeps its regions in an array, and several users walk that array again and again. One
+//! region for each preserved range makes booting quadratic: in takeover, and after it in everything
+//! that looks at reserved memory. So memblock is told of *grains*: blocks of the page allocator's
+//! largest order that hold anything preserved. Neighbours are one region, and how many there are at
+//! most depends on the size of the machine, see [`kho_takeover::region_limit`].
 //!
 //! ```text
 //!                 preserved  . # . . # . . .   . . . . . . . .   # # # # # # # #
@@ -26,17 +25,21 @@
 //!   a grain. So nothing in it needs a struct page before the first of its pages is given back,
 //!   and then all of them have one. That is what all deferred memory relies on, too.
 //! - *Others' memory.* A grain of which anything is reserved already, is no RAM, is scratch, or
-//!   belongs to two nodes is a *mixed* one. It is dealt with page by page, at once: what is not
-//!   ours counts as held, and all struct pages are initialised.
-//! - *Having memory until then.* What is needed is given back right after `memblock_free_all()`:
-//!   everything if struct pages are not deferred, else if little else is free, see
-//!   [`Takeover::open_some`].
-//! - *Restoring until then.* Who restores a block before `page_alloc_init_late()` has its grain
-//!   opened first, see [`settle`].
+//!   belongs to two nodes or zones is a *mixed* one. It is dealt with page by page, at once: what is
+//!   not ours counts as held, and all struct pages are initialised. What is given back of it is cut
+//!   where its node or zone ends.
+//! - *Having memory until then.* What lies below the first deferred page of its node is given back
+//!   right after `memblock_free_all()`, as everybody's memory there is: all of it where struct pages
+//!   are not deferred, and all of the lower zones elsewhere.
+//! - *Restoring until then.* A caller that restores a block before `page_alloc_init_late()` has its
+//!   grain opened first, see [`settle`].
 //!
 //! The tree that was handed over is read until then, so its nodes are held, too. They are freed in
 //! the end. On architectures that keep memblock's arrays the regions stay in there, as those of
 //! all boot memory do that is freed later.
+//!
+//! A handover that was refused is withheld in the same way, but nothing of it can be restored: what
+//! it names may still be written to by a device that the last kernel left running.
 
 use super::kho_key::{
     Block,
@@ -69,7 +72,8 @@ use super::kho_takeover::{
     Census,
     Gaps,
     Machine,
-    Refusal, //
+    Refusal,
+    Sets, //
 };
 use super::PAGE_SHIFT;
 use core::{
@@ -93,24 +97,13 @@ const GRAIN: Order = match Order::new(bindings::KHO_MAX_PAGE_ORDER) {
 };
 const _: () = assert!(GRAIN.get() > 0 && GRAIN.get() <= LEAF_BITS);
 
-/// The most regions that memblock is told of. What they cost grows with the square of it: 256 are
-/// some 2 million instructions, 1024 were 25. If there are fewer, more memory is given back late.
-const MOST_REGIONS: usize = 256;
+/// Frames that must stay free outside scratch if memory is kept that nobody can restore: 64 MiB, or
+/// one in [`FLOOR_SHARE`] where that is more ...
+const FLOOR: u64 = (64 << 20) >> PAGE_SHIFT;
 
-/// Frames that must be free once memblock has gone, without counting on what is given back late:
-/// 128 MiB, as much as deferred initialisation counts on, or one in [`FLOOR_SHARE`] ...
-const FLOOR: u64 = (128 << 20) >> PAGE_SHIFT;
-
-/// ... where that is more. With several nodes, the tables of `alloc_large_system_hash()` take up to
-/// one byte in 680 from the page allocator until then, and are smaller for good without.
-const FLOOR_SHARE: u64 = 256;
-
-/// Frames that must be free on each node with memory, or the slab allocator puts what belongs to it
-/// on another one for good: 1 MiB.
-const FLOOR_NODE: u64 = (1 << 20) >> PAGE_SHIFT;
-
-/// How many of them must be free right away, before more struct pages are initialised: 8 MiB.
-const FLOOR_NOW: u64 = (8 << 20) >> PAGE_SHIFT;
+/// ... but no more than 4 GiB. A kernel cannot run in scratch alone, which is for movable memory.
+const FLOOR_SHARE: u64 = 32;
+const FLOOR_MOST: u64 = (4 << 30) >> PAGE_SHIFT;
 
 /// A set of numbers, of frames or grains.
 type Set = Tree<Direct>;
@@ -135,6 +128,10 @@ pub(crate) struct Takeover {
     nodes: Set,
     /// Frames of grains that are not given back: preserved, nodes, or others'.
     held: Set,
+    /// Frames of blocks that cannot be taken over.
+    lost: Set,
+    /// How many frames of those, or of a handover that was refused, are kept all the same.
+    pub(crate) kept: u64,
     /// Grains that are all ours and have not been opened.
     closed: Set,
     /// Those whose struct pages have to be initialised then.
@@ -182,6 +179,15 @@ fn frames_of(grains: &Set) -> Ranges<'_> {
     Ranges {
         runs: grains.runs_between(all()),
         order: GRAIN,
+    }
+}
+
+/// Returns the frames of a set of frames.
+#[link_section = ".init.text"]
+fn runs_of(set: &Set) -> Ranges<'_> {
+    Ranges {
+        runs: set.runs_between(all()),
+        order: Order::ZERO,
     }
 }
 
@@ -236,9 +242,10 @@ fn one_frame(pfn: u64) -> Frames {
 }
 
 impl Takeover {
-    /// Reads and checks the tree at `root`, which must hold the frame `fdt`. Changes nothing.
+    /// Reads and checks the tree at `root`. Changes nothing. What is wrong with the tree is in
+    /// [`Census::refusal`].
     #[link_section = ".init.text"]
-    pub(crate) fn read(root: NodeAddr, fdt: Pfn) -> Result<Self, Refusal> {
+    pub(crate) fn read(root: NodeAddr) -> Result<Self, NoMemory> {
         let mut takeover = Self {
             // SAFETY: It is charted before anything else.
             tree: Tree::from_root(unsafe { Direct::new() }, root),
@@ -247,44 +254,109 @@ impl Takeover {
             cycles: 0,
             nodes: new_set()?,
             held: new_set()?,
+            lost: new_set()?,
+            kept: 0,
             closed: new_set()?,
             raw: new_set()?,
             mixed: new_set()?,
         };
-        match takeover.chart(fdt) {
-            Ok(()) => Ok(takeover),
-            Err(refusal) => {
+        let sets = Sets {
+            nodes: &takeover.nodes,
+            held: &takeover.held,
+            lost: &takeover.lost,
+        };
+        match kho_takeover::chart(&takeover.tree, &Memblock, sets) {
+            Ok(census) => {
+                takeover.census = census;
+                Ok(takeover)
+            }
+            Err(error) => {
                 takeover.forget();
-                Err(refusal)
+                Err(error)
             }
         }
     }
 
+    /// Returns whether all of `frames` was preserved. To be asked before [`Takeover::plan`].
     #[link_section = ".init.text"]
-    fn chart(&mut self, fdt: Pfn) -> Result<(), Refusal> {
-        let machine = Memblock;
-        self.census = kho_takeover::chart(&self.tree, &machine, &self.nodes, &self.held)?;
-        if !self.held.contains(Key::of_frame(fdt.get())) {
-            return Err(Refusal::Fdt(fdt.phys()));
+    pub(crate) fn has(&self, frames: Frames) -> bool {
+        kho_takeover::has_all(&self.held, frames)
+    }
+
+    /// Decides what is withheld. Returns whether that is anything: nothing is kept of a handover
+    /// that was refused if the machine would have too little memory left.
+    #[link_section = ".init.text"]
+    pub(crate) fn plan(&mut self) -> Result<bool, NoMemory> {
+        let refused = self.census.refusal.is_some();
+        if (refused || self.census.lost > 0) && self.leaves_enough() {
+            self.keep_lost()?;
+        } else if refused {
+            return Ok(false);
         }
-        // The tree is read until late. Who preserved one of its nodes keeps it.
-        for run in self.nodes.runs_between(all()) {
-            for i in 0..run.count {
-                let node = Key::of_frame(run.first.get().wrapping_add(i));
-                if !self.held.add(node)? {
-                    self.nodes.remove(node);
+        if !refused {
+            // The tree is read until late. A node that is itself preserved stays so.
+            for run in self.nodes.runs_between(all()) {
+                for i in 0..run.count {
+                    let node = Key::of_frame(run.first.get().wrapping_add(i));
+                    if !self.held.add(node)? {
+                        self.nodes.remove(node);
+                    }
                 }
             }
         }
         let (_, last) = all();
         self.ranges = kho_takeover::grains(&self.held, last, GRAIN, &self.closed)?;
         let last = Key::of_frame(last.get() >> GRAIN.get());
-        kho_takeover::coarsen(&self.closed, last, MOST_REGIONS)?;
+        let limit = kho_takeover::region_limit(kho_memblock::total_frames());
+        kho_takeover::coarsen(&self.closed, last, GRAIN, limit)?;
         // From here on nothing may fail for lack of memory, as far as that can be avoided: what is
         // sorted later finds its leaves.
         for run in self.closed.runs_between(all()) {
             kho_takeover::make_room(&self.raw, run)?;
             kho_takeover::make_room(&self.mixed, run)?;
+        }
+        Ok(true)
+    }
+
+    /// Returns whether a kernel can run with what is left if all is kept that was found.
+    #[link_section = ".init.text"]
+    fn leaves_enough(&self) -> bool {
+        let mut free = 0u64;
+        for memory in kho_memblock::memory_frames() {
+            free = free.saturating_add(kho_memblock::free_frames(memory));
+        }
+        let mut found = self.census.frames;
+        for frames in runs_of(&self.lost) {
+            found = found.saturating_add(frames.count());
+        }
+        let share = kho_memblock::total_frames() / FLOOR_SHARE;
+        free.saturating_sub(found) >= share.clamp(FLOOR, FLOOR_MOST)
+    }
+
+    /// Keeps the memory of blocks that cannot be taken over, as far as this boot has not used it.
+    #[link_section = ".init.text"]
+    fn keep_lost(&mut self) -> Result<(), NoMemory> {
+        for frames in runs_of(&self.lost) {
+            let mut rest = frames;
+            while rest.count() > 0 {
+                let part = match Memblock.room(rest.start()) {
+                    Some(room) => {
+                        let part = room.both(rest);
+                        let again = kho_takeover::fill(&self.held, part)?;
+                        self.kept = self.kept.saturating_add(part.count().wrapping_sub(again));
+                        part
+                    }
+                    None => {
+                        let (scratch, kept) = kho_memblock::keep_scratch(rest);
+                        self.kept = self.kept.saturating_add(kept);
+                        scratch
+                    }
+                };
+                rest = rest.tail(part.count());
+            }
+        }
+        if self.census.refusal.is_some() {
+            self.kept = self.kept.saturating_add(self.census.frames);
         }
         Ok(())
     }
@@ -297,8 +369,15 @@ impl Takeover {
 
     /// Forgets everything; what was reserved stays so.
     #[link_section = ".init.text"]
-    fn forget(self) {
-        for set in [self.nodes, self.held, self.closed, self.raw, self.mixed] {
+    pub(crate) fn forget(self) {
+        for set in [
+            self.nodes,
+            self.held,
+            self.lost,
+            self.closed,
+            self.raw,
+            self.mixed,
+        ] {
             set.destroy();
         }
         kho_sys::drain_pool();
@@ -341,7 +420,7 @@ impl Takeover {
             while rest.count() > 0 {
                 *reached = rest.start();
                 let free = kho_memblock::first_free(rest).unwrap_or(rest.tail(rest.count()));
-                let whole = grains_inside(free);
+                let whole = grains_inside(in_one_zone(free));
                 if whole.count() > 0 && whole.start() == rest.start() {
                     kho_memblock::reserve(whole)?;
                     *reached = whole.end();
@@ -361,9 +440,8 @@ impl Takeover {
     #[link_section = ".init.text"]
     fn note_raw(&self, grains: Frames) -> Result<(), NoMemory> {
         if grains.count() > 0 {
-            // SAFETY: Early boot.
-            let from = unsafe { bindings::kho_glue_first_deferred(nid_of(grains.start())) };
-            let raw = grains.tail((from as u64).saturating_sub(grains.start()));
+            let from = first_deferred(nid_of(grains.start()));
+            let raw = grains.tail(from.saturating_sub(grains.start()));
             let first = Pfn::new(raw.start().wrapping_shr(GRAIN.get()));
             let count = raw.count().wrapping_shr(GRAIN.get());
             if let Some(numbers) = first.and_then(|first| Frames::new(first, count)) {
@@ -409,12 +487,15 @@ impl Takeover {
         Ok(())
     }
 
-    /// Makes the blocks that start in a grain restorable.
+    /// Makes the blocks that start in a grain restorable, unless the handover was refused.
     ///
     /// Memory that several blocks claim goes to the largest of them: the others are not marked, so
     /// that no frame can be restored twice.
     #[link_section = ".init.text"]
     fn adopt(&self, grain: Frames) {
+        if self.census.refusal.is_some() {
+            return;
+        }
         // SAFETY: Nothing is done with it but where blocks were charted, which are RAM.
         let Some(page) = (unsafe { Page::of(grain.start()) }) else {
             return;
@@ -442,11 +523,13 @@ impl Takeover {
         }
     }
 
-    /// Returns whether no larger block claims the memory of `block`.
+    /// Returns whether `block` can be taken over, and no larger block claims its memory.
     #[link_section = ".init.text"]
     #[inline]
     fn is_whole(&self, block: Block) -> bool {
-        self.census.overlap.is_none() || !kho_takeover::is_claimed(&self.tree, &self.census, block)
+        (self.census.lost == 0 || kho_takeover::is_usable(&Memblock, Frames::of_block(block)))
+            && (self.census.overlap.is_none()
+                || !kho_takeover::is_claimed(&self.tree, &self.census, &Memblock, block))
     }
 
     /// Gives what is not held in `frames` to the page allocator.
@@ -475,21 +558,23 @@ impl Takeover {
         self.free_gaps(grain);
     }
 
-    /// Opens grains from the lowest on until there is as much free memory as there must be, on each
-    /// node as well, or all are open that can help.
+    /// Opens the grains that have anything to give back and need no more struct pages for it: those
+    /// below the first deferred page of their node.
     #[link_section = ".init.text"]
-    fn open_some(&self) {
-        if cfg!(not(CONFIG_DEFERRED_STRUCT_PAGE_INIT)) {
-            return self.open_all();
+    fn open_early(&self) {
+        for frames in frames_of(&self.closed) {
+            for number in grain_numbers(frames) {
+                let grain = grain_frames(number);
+                let is_early = grain.end() <= first_deferred(nid_of(grain.start()));
+                if is_early && !kho_takeover::has_all(&self.held, grain) {
+                    self.open(number);
+                }
+            }
         }
-        let floor = FLOOR.max(Memblock.ram_end() / FLOOR_SHARE);
-        let missing = floor.saturating_sub(deferred_free());
-        self.open_until(bindings::NUMA_NO_NODE, missing.max(FLOOR_NOW));
-        for nid in kho_scratch::Nodes::all() {
-            self.open_until(nid, FLOOR_NODE);
-        }
+        self.open_mixed(first_deferred_of_all());
     }
 
+    /// Opens all grains.
     #[link_section = ".init.text"]
     fn open_all(&self) {
         for frames in frames_of(&self.closed) {
@@ -497,40 +582,7 @@ impl Takeover {
                 self.open(number);
             }
         }
-    }
-
-    /// Opens grains of a node, or of all, until `target` frames are free there, or all are open
-    /// that can help.
-    #[link_section = ".init.text"]
-    fn open_until(&self, nid: c_int, target: u64) {
-        if nr_free(nid) >= target {
-            return;
-        }
-        for frames in frames_of(&self.closed) {
-            for number in grain_numbers(frames) {
-                let there = nid_of(grain_frames(number).start());
-                if (nid == bindings::NUMA_NO_NODE || nid == there) && self.is_useful(number) {
-                    self.open(number);
-                    if nr_free(nid) >= target {
-                        return;
-                    }
-                }
-            }
-        }
-    }
-
-    /// Returns whether a grain has anything to give back that may be used for more than movable
-    /// memory.
-    #[link_section = ".init.text"]
-    fn is_useful(&self, number: u64) -> bool {
-        !is_movable(grain_frames(number)) && self.has_gap(number)
-    }
-
-    /// Returns whether anything would be given back of a grain.
-    #[link_section = ".init.text"]
-    fn has_gap(&self, number: u64) -> bool {
-        let mut gaps = Gaps::new(&self.held, grain_frames(number), GRAIN);
-        gaps.next().is_some()
+        self.open_mixed(u64::MAX);
     }
 
     /// Gives back the gaps of the mixed grains below frame `end`, whose surroundings have struct
@@ -539,10 +591,15 @@ impl Takeover {
     fn open_mixed(&self, end: u64) {
         for frames in frames_of(&self.mixed) {
             for number in grain_numbers(frames) {
-                let grain = grain_frames(number);
-                if grain.end() <= end {
-                    self.mixed.remove(Key::of_frame(number));
-                    self.free_gaps(grain);
+                let mut rest = grain_frames(number);
+                if rest.end() > end {
+                    continue;
+                }
+                self.mixed.remove(Key::of_frame(number));
+                while rest.count() > 0 {
+                    let part = in_one_zone(kho_memblock::in_one_region(rest));
+                    self.free_gaps(part);
+                    rest = rest.tail(part.count());
                 }
             }
         }
@@ -559,6 +616,10 @@ impl Takeover {
     /// Frees the nodes of the tree, and what was needed to know all this.
     #[link_section = ".init.text"]
     fn finish(self) {
+        if self.census.refusal.is_some() {
+            // The nodes were not held.
+            return self.forget();
+        }
         let mut count = 0u64;
         for run in self.nodes.runs_between(all()) {
             for i in 0..run.count {
@@ -571,47 +632,34 @@ impl Takeover {
     }
 }
 
-/// Returns how many frames of a node, or of all, are free for any use.
+/// Returns the first frame of a node whose struct page is not initialised yet, or [`u64::MAX`].
 #[link_section = ".init.text"]
-fn nr_free(nid: c_int) -> u64 {
-    // SAFETY: There is a page allocator.
-    unsafe { bindings::kho_glue_nr_free(nid) as u64 }
-}
-
-/// Returns whether the first of `frames` is for movable memory only.
-#[link_section = ".init.text"]
-fn is_movable(frames: Frames) -> bool {
-    // SAFETY: Early boot, and it is RAM.
-    unsafe { bindings::kho_glue_is_movable(frames.start() as usize, nid_of(frames.start())) }
-}
-
-/// Returns how many frames deferred initialisation will free for any use.
-#[link_section = ".init.text"]
-fn deferred_free() -> u64 {
-    let mut count = 0u64;
-    for memory in kho_memblock::memory_frames() {
-        if memory.count() > 0 {
-            // SAFETY: Early boot. A region of memory is on one node.
-            let from = unsafe { bindings::kho_glue_first_deferred(nid_of(memory.start())) } as u64;
-            let deferred = memory.tail(from.saturating_sub(memory.start()));
-            // Only the last zone of a node is deferred.
-            if deferred.count() > 0 && !is_movable(deferred) {
-                count = count.wrapping_add(kho_memblock::free_frames(deferred));
-            }
-        }
-    }
-    count
+fn first_deferred(nid: c_int) -> u64 {
+    // SAFETY: Early boot.
+    unsafe { bindings::kho_glue_first_deferred(nid) as u64 }
 }
 
 /// Returns the first frame of all nodes whose struct page is not initialised yet.
 #[link_section = ".init.text"]
-fn first_deferred() -> u64 {
+fn first_deferred_of_all() -> u64 {
     let mut first = u64::MAX;
     for nid in kho_scratch::Nodes::all() {
-        // SAFETY: Early boot.
-        first = first.min(unsafe { bindings::kho_glue_first_deferred(nid) } as u64);
+        first = first.min(first_deferred(nid));
     }
     first
+}
+
+/// Returns the first frames of `frames`, which are on one node, that are in one zone.
+#[link_section = ".init.text"]
+fn in_one_zone(frames: Frames) -> Frames {
+    if frames.count() == 0 {
+        return frames;
+    }
+    let (pfn, nid) = (frames.start(), nid_of(frames.start()));
+    // SAFETY: Early boot, and there are zones.
+    let border = unsafe { bindings::kho_glue_zone_border(pfn as usize, nid) as u64 };
+    // OVERFLOW: The border lies behind the frame.
+    frames.head(border.wrapping_sub(pfn))
 }
 
 #[link_section = ".init.text"]
@@ -623,7 +671,7 @@ fn nid_of(pfn: u64) -> c_int {
 /// Initialises those struct pages of `frames` that are not yet.
 #[link_section = ".init.text"]
 fn init_deferred(frames: Frames) {
-    if frames.end() > first_deferred() {
+    if frames.end() > first_deferred_of_all() {
         for pfn in frames.start()..frames.end() {
             // SAFETY: Early boot, and it is RAM.
             unsafe { bindings::init_deferred_page(pfn as usize, nid_of(pfn)) };
@@ -634,7 +682,7 @@ fn init_deferred(frames: Frames) {
 /// Initialises the struct pages of a grain that is only ours.
 ///
 /// They differ in nothing but the list head that points to itself: all of a grain is in one zone,
-/// node and section. So the first one is initialised by who knows how, and the others are copies.
+/// node and section. So `__init_single_page()` initialises the first, and the rest are copies of it.
 #[link_section = ".init.text"]
 fn init_grain(grain: Frames) {
     const WORDS: usize = size_of::<bindings::page>() / size_of::<usize>();
@@ -698,7 +746,7 @@ fn pending() -> Option<&'static Takeover> {
 #[link_section = ".init.text"]
 fn finish() {
     PENDING.store(false, Ordering::Relaxed);
-    // SAFETY: Who restores is not running yet, and no chunk is being worked on.
+    // SAFETY: No caller that restores is running yet, and no chunk is being worked on.
     if let Some(takeover) = unsafe { (&raw mut TAKEOVER).replace(None) } {
         takeover.finish();
     }
@@ -709,9 +757,11 @@ fn finish() {
 pub(crate) fn init_free() {
     kho_sys::set_buddy_is_up();
     let Some(takeover) = pending() else { return };
-    takeover.open_mixed(first_deferred());
-    takeover.open_some();
-    if cfg!(not(CONFIG_DEFERRED_STRUCT_PAGE_INIT)) {
+    if cfg!(CONFIG_DEFERRED_STRUCT_PAGE_INIT) {
+        takeover.open_early();
+    } else {
+        // There is no init_late().
+        takeover.open_all();
         finish();
     }
 }

@@ -120,6 +120,7 @@ mod radix {
         Node,
         NodeAddr,
         Removal,
+        Step,
         Tree,
         Visitor, //
     };
@@ -134,9 +135,9 @@ mod radix {
     }
 
     impl Visitor for Count {
-        fn node(&mut self, _addr: NodeAddr, _first: u64, _last: u64) -> bool {
+        fn node(&mut self, _addr: NodeAddr, _first: u64, _last: u64) -> Step {
             self.nodes += 1;
-            true
+            Step::In
         }
 
         fn leaf(&mut self, _first: u64, leaf: &Node) -> bool {

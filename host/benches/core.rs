@@ -38,6 +38,7 @@ use kho_radix::{
     NodeAddr,
     NodeMem,
     Pass,
+    Step,
     Tree,
     Visitor, //
 };
@@ -287,8 +288,8 @@ fn timed<R>(work: impl FnOnce() -> R) -> Duration {
 struct Count(u64);
 
 impl Visitor for Count {
-    fn node(&mut self, _addr: NodeAddr, _first: u64, _last: u64) -> bool {
-        true
+    fn node(&mut self, _addr: NodeAddr, _first: u64, _last: u64) -> Step {
+        Step::In
     }
 
     fn leaf(&mut self, _first: u64, leaf: &Node) -> bool {
@@ -308,6 +309,10 @@ impl kho_takeover::Machine for Machine {
     fn room(&self, pfn: u64) -> Option<Frames> {
         let all = Frames::new(Pfn::containing(0), RAM)?;
         (pfn < RAM).then_some(all)
+    }
+
+    fn ram(&self, pfn: u64) -> Option<Frames> {
+        self.room(pfn)
     }
 }
 
@@ -386,8 +391,13 @@ fn single(pattern: &'static str, keys: &[Key], repeat: u32) -> Vec<Line> {
             hints: &set_hints,
         };
         let chart = timed(|| {
-            let [nodes, held] = [(); 2].map(|_| Tree::new(cpu).unwrap());
-            let census = kho_takeover::chart(&tree, &Machine, &nodes, &held).unwrap();
+            let [nodes, held, lost] = [(); 3].map(|_| Tree::new(cpu).unwrap());
+            let sets = kho_takeover::Sets {
+                nodes: &nodes,
+                held: &held,
+                lost: &lost,
+            };
+            let census = kho_takeover::chart(&tree, &Machine, sets).unwrap();
             assert_eq!(census.frames, keys.len() as u64);
         });
         keep(&mut ours[..3], &times);

@@ -11,13 +11,14 @@ use super::super::kho_range::Frames;
 use super::super::kho_takeover::{
     chart,
     fill,
+    has_all,
     is_claimed,
     Census,
-    Refusal, //
+    Refusal,
+    Sets, //
 };
 use super::super::PAGE_SHIFT;
 use super::takeover::{
-    frames,
     handed_over,
     node_mem,
     tree_at,
@@ -53,9 +54,14 @@ fn chart_in(
     tree: &Tree<&Mem>,
     machine: &Fake,
     held: &Tree<&Mem>,
-) -> Result<Census, Refusal> {
+) -> Result<Census, NoMemory> {
     let memory = set_mem();
-    chart(tree, machine, &Tree::new(&memory).unwrap(), held)
+    let sets = Sets {
+        nodes: &Tree::new(&memory).unwrap(),
+        held,
+        lost: &Tree::new(&memory).unwrap(),
+    };
+    chart(tree, machine, sets)
 }
 
 /// A range that may be empty.
@@ -134,7 +140,7 @@ fn chart_on(machine: &Fake, blocks: &[(u64, u32)]) {
         (rng.below(machine.ram.1) >> of << of, of)
     });
     for (pfn, of) in blocks.iter().copied().chain(others) {
-        let claimed = is_claimed(&tree, &census, block(pfn, of));
+        let claimed = is_claimed(&tree, &census, machine, block(pfn, of));
         let larger = has_larger(&blocks, (pfn, of));
         assert_eq!(claimed, larger, "{pfn:#x}, order {of}, of {blocks:x?}");
     }
@@ -228,18 +234,63 @@ fn across_leaves() {
     }
 }
 
-/// Charts the blocks and returns the refusal, or how many frames there are.
-fn result_of(machine: &Fake, mem: &Mem, root: u64) -> Result<u64, Refusal> {
-    let memory = set_mem();
-    let held = Tree::new(&memory).unwrap();
-    let before = dump(mem, root);
-    let result = chart_in(&tree_at(mem, root), machine, &held).map(|census| census.frames);
-    assert!(dump(mem, root) == before, "the tree was changed");
-    held.destroy();
-    assert_eq!(memory.live(), 0);
-    result
+/// What is found of some blocks: the frames that are held, how many blocks are lost, the frame of
+/// the first of them, and the frames that are kept of them.
+#[derive(PartialEq, Debug)]
+struct Found {
+    held: Vec<u64>,
+    lost: u64,
+    first: u64,
+    kept: Vec<u64>,
 }
 
+/// Charts the blocks and returns the refusal, or what was found.
+fn result_of(machine: &Fake, mem: &Mem, root: u64) -> Result<Found, Refusal> {
+    // What is lost may take more memory than there is.
+    let (memory, more) = (set_mem(), set_mem());
+    let [nodes, held, lost] = [&memory, &memory, &more].map(|mem| Tree::new(mem).unwrap());
+    let sets = Sets {
+        nodes: &nodes,
+        held: &held,
+        lost: &lost,
+    };
+    let before = dump(mem, root);
+    let census = chart(&tree_at(mem, root), machine, sets).unwrap();
+    assert!(dump(mem, root) == before, "the tree was changed");
+    let found = Found {
+        held: abi::walk(&memory, held.root().get()).1,
+        lost: census.lost,
+        first: census.first_lost >> PAGE_SHIFT,
+        kept: abi::walk(&more, lost.root().get()).1,
+    };
+    assert_eq!(census.frames, found.held.len() as u64);
+    for set in [nodes, held, lost] {
+        set.destroy();
+    }
+    assert_eq!(memory.live() + more.live(), 0);
+    census.refusal.map_or(Ok(found), Err)
+}
+
+/// What has to be found of some blocks.
+fn expected_of(machine: &Fake, blocks: &[(u64, u32)]) -> Found {
+    let is_good = |(pfn, of): &(u64, u32)| (*pfn..pfn + (1 << of)).all(|pfn| machine.has(pfn));
+    let frames_in = |blocks: Vec<(u64, u32)>| -> BTreeSet<u64> {
+        let frames = blocks.into_iter().flat_map(|(pfn, of)| pfn..pfn + (1 << of));
+        frames.filter(|pfn| machine.is_ram(*pfn)).collect()
+    };
+    let (good, mut bad): (Vec<_>, Vec<_>) = blocks.iter().copied().partition(is_good);
+    // In the order of keys: the largest blocks first.
+    bad.sort_by_key(|(pfn, of)| (u32::MAX - of, *pfn));
+    let named = bad.iter().copied().filter(|(_, of)| 1u64 << of <= machine.ram.1 / 2);
+    Found {
+        held: frames_in(good).into_iter().collect(),
+        lost: bad.len() as u64,
+        first: bad.first().map_or(0, |(pfn, _)| *pfn),
+        kept: frames_in(named.collect()).into_iter().collect(),
+    }
+}
+
+/// A block that is not RAM outside scratch costs only itself.
 #[test]
 fn edges_of_memory() {
     for (pfn, of, good) in [
@@ -277,12 +328,16 @@ fn edges_of_memory() {
         let root = handed_over(&mem, &[(pfn, of), (0x500, 0), (0x3_5000, 3)]);
         let pages = 1u64 << of;
         match result_of(&machine, &mem, root) {
-            Ok(frames) => assert!(good && frames == 9 + pages, "{pfn:#x}, order {of}"),
-            // The range that is refused is the block, or the first frame of it that is bad.
-            Err(Refusal::Range(range)) => {
-                assert!(!good, "{pfn:#x}, order {of}");
-                assert!(pfn <= range.start() && range.end() <= pfn + pages);
-                assert!(range.count() == pages || !machine.has(range.start()));
+            Ok(found) if good => {
+                assert_eq!(found.held.len() as u64, 9 + pages, "{pfn:#x}, order {of}");
+                assert_eq!((found.lost, found.kept.len()), (0, 0));
+            }
+            Ok(found) => {
+                assert_eq!((found.held.len(), found.lost, found.first), (9, 1, pfn));
+                let kept = (pfn..(pfn + pages).min(RAM.1)).filter(|pfn| machine.is_ram(*pfn));
+                // What is more than half of all RAM nobody can have preserved.
+                let kept: Vec<u64> = kept.filter(|_| pages <= RAM.1 / 2).collect();
+                assert!(found.kept == kept, "{pfn:#x}, order {of}");
             }
             // No block of its leaf is in RAM.
             Err(Refusal::Reach(_)) => assert!(pfn + pages > RAM.1, "{pfn:#x}, order {of}"),
@@ -290,15 +345,12 @@ fn edges_of_memory() {
         }
     }
     // Of blocks that touch, only one is bad.
-    for (of, range) in [
-        (0, (HOLE.0, HOLE.0 + 1)),
-        (3, (HOLE.0, HOLE.0 + 1)),
-        (8, (HOLE.0 - 256, HOLE.0 + 256)),
-    ] {
+    for of in [0, 1, 3, 6, 7, 8] {
+        let blocks = [(HOLE.0 - (1 << of), of), (HOLE.0, of), (HOLE.1, of), (SCRATCH.1 - (1 << of), of), (SCRATCH.1, of)];
         let mem = node_mem();
-        let root = handed_over(&mem, &[(HOLE.0 - (1 << of), of), (HOLE.0, of)]);
-        let refused = Err(Refusal::Range(frames(range.0, range.1)));
-        assert_eq!(result_of(&Fake::new(), &mem, root), refused);
+        let root = handed_over(&mem, &blocks);
+        let machine = Fake::new();
+        assert_eq!(result_of(&machine, &mem, root), Ok(expected_of(&machine, &blocks)));
     }
     // RAM may start with frame 0 and end with the last one there is.
     let mut machine = Fake::new();
@@ -306,8 +358,48 @@ fn edges_of_memory() {
     for (pfn, of) in [(0, 0), (0, 3), (abi::PFN_END - 1, 0), (abi::PFN_END - 8, 3)] {
         let mem = node_mem();
         let root = handed_over(&mem, &[(pfn, of)]);
-        assert_eq!(result_of(&machine, &mem, root), Ok(1 << of), "{pfn:#x}");
+        let found = result_of(&machine, &mem, root).unwrap();
+        assert_eq!((found.held.len(), found.lost), (1 << of, 0), "{pfn:#x}");
     }
+}
+
+/// Anything around the borders of memory, in many orders.
+#[test]
+fn lost_blocks() {
+    let mut rng = Rng::new(17);
+    for _ in 0..300 {
+        let machine = Fake::new();
+        let borders = [RAM.0, RAM.1, HOLE.0, HOLE.1, SCRATCH.0, SCRATCH.1];
+        let blocks: BTreeSet<(u64, u32)> = (0..1 + rng.below(40))
+            .map(|_| {
+                let of = rng.below(12) as u32;
+                let near = borders[rng.below(6) as usize] + rng.bits(9);
+                (near.saturating_sub(rng.bits(9)).min(RAM.1 + 10) >> of << of, of)
+            })
+            // A leaf must have a block in RAM.
+            .filter(|(pfn, _)| *pfn < RAM.1)
+            .collect();
+        let blocks: Vec<_> = blocks.into_iter().collect();
+        let mem = node_mem();
+        let root = handed_over(&mem, &blocks);
+        let found = result_of(&machine, &mem, root).unwrap();
+        assert!(found == expected_of(&machine, &blocks), "{blocks:x?}");
+    }
+}
+
+/// A larger block that is lost claims nothing.
+#[test]
+fn lost_blocks_claim_nothing() {
+    let machine = Fake::new();
+    // The largest one has the hole in it.
+    let blocks = [(HOLE.0 - 16, 0), (0, 16), (HOLE.0 - 8, 3), (HOLE.0 - 8, 0)];
+    let mem = node_mem();
+    let tree = tree_at(&mem, handed_over(&mem, &blocks));
+    let held = set_mem();
+    let census = chart_in(&tree, &machine, &Tree::new(&held).unwrap()).unwrap();
+    assert_eq!((census.lost, census.overlap), (1, Some(HOLE.0 - 8)));
+    let claimed = |(pfn, of)| is_claimed(&tree, &census, &machine, block(pfn, of));
+    assert!(!claimed(blocks[0]) && !claimed(blocks[2]) && claimed(blocks[3]));
 }
 
 /// Single pages are checked in words; RAM and scratch start and end anywhere in them.
@@ -339,11 +431,9 @@ fn words_with_borders() {
         let pages: Vec<_> = pages.into_iter().collect();
         let mem = node_mem();
         let root = handed_over(&mem, &pages);
-        let expected = match bad {
-            None => Ok(pages.len() as u64),
-            Some(pfn) => Err(Refusal::Range(frames(pfn, pfn + 1))),
-        };
-        assert_eq!(result_of(&machine, &mem, root), expected, "{pages:x?}");
+        let found = result_of(&machine, &mem, root).unwrap();
+        assert!(found == expected_of(&machine, &pages), "{pages:x?}");
+        assert_eq!(found.lost, bad.is_some().into());
     }
 }
 
@@ -363,8 +453,8 @@ fn blocks_across_seams() {
     machine.outside.push((0xc180, 0xc181));
     let mem = node_mem();
     let root = handed_over(&mem, &[(0xc000, 12)]);
-    let refused = Err(Refusal::Range(frames(0xc000, 0xd000)));
-    assert_eq!(result_of(&machine, &mem, root), refused);
+    let expected = Ok(expected_of(&machine, &[(0xc000, 12)]));
+    assert_eq!(result_of(&machine, &mem, root), expected);
 }
 
 /// The largest orders share a leaf, in which blocks of two orders may be neighbours. Nodes for a
@@ -388,13 +478,12 @@ fn orders_that_share_a_leaf() {
             (phys, abi::encode(phys, of)),
             (last, abi::encode(last, of)),
         ] {
-            // The last frame of this block is no RAM. The key after its key may be of an order
-            // less.
+            // The last frame of this block is no RAM.
             let (start, pages) = (start >> PAGE_SHIFT, 1 << of);
             machine.outside = vec![(start + pages - 1, start + pages)];
-            let (mem, root) = new_tree(&[key, key + 1]);
-            let refused = Refusal::Range(frames_of(start, pages));
-            assert_eq!(result_of(&machine, &mem, root), Err(refused), "{key:#x}");
+            let (mem, root) = new_tree(&[key]);
+            let found = result_of(&machine, &mem, root).unwrap();
+            assert_eq!((found.held.len(), found.lost, found.first), (3, 1, start), "{key:#x}");
         }
     }
     // All that there is room for is found sound, and takes more memory than there is.
@@ -409,9 +498,14 @@ fn orders_that_share_a_leaf() {
     let (mem, root) = new_tree(&keys);
     let memory = set_mem();
     let little = Mem::at(1 << 50, 16);
-    let [nodes, held] = [&memory, &little].map(|mem| Tree::new(mem).unwrap());
-    let result = chart(&tree_at(&mem, root), &machine, &nodes, &held);
-    assert_eq!(result.map(|_| ()), Err(Refusal::NoMemory));
+    let [nodes, held, lost] = [&memory, &little, &memory].map(|mem| Tree::new(mem).unwrap());
+    let sets = Sets {
+        nodes: &nodes,
+        held: &held,
+        lost: &lost,
+    };
+    let result = chart(&tree_at(&mem, root), &machine, sets);
+    assert_eq!(result.map(|_| ()), Err(NoMemory));
     // Key 0 names no block.
     let (mem, root) = new_tree(&[0]);
     assert_eq!(result_of(&machine, &mem, root), Err(Refusal::Reach(0)));
@@ -438,7 +532,7 @@ fn without_memory() {
             memory.budget.store(budget as i64, SeqCst);
             let result = chart_in(&tree, &machine, &held).map(|census| census.frames);
             let expected = match budget < needed {
-                true => Err(Refusal::NoMemory),
+                true => Err(NoMemory),
                 false => Ok(frames.len() as u64),
             };
             assert_eq!(
@@ -551,5 +645,31 @@ fn filling() {
 fn claims_need_a_census() {
     let mem = node_mem();
     let tree = tree_at(&mem, handed_over(&mem, &[(0x100, 4)]));
-    assert!(!is_claimed(&tree, &Census::default(), block(0x100, 0)));
+    assert!(!is_claimed(&tree, &Census::default(), &Fake::new(), block(0x100, 0)));
+}
+
+/// A range is in a set if each frame is, and how long that takes to tell does not depend on how far
+/// the range goes.
+#[test]
+fn all_of_a_range() {
+    let memory = set_mem();
+    let set = Tree::new(&memory).unwrap();
+    for (start, count) in [(5, 1), (60, 10), (LEAF - 3, LEAF + 9), (4 * LEAF, LEAF)] {
+        fill(&set, frames_of(start, count)).unwrap();
+    }
+    let model: BTreeSet<u64> = abi::walk(&memory, set.root().get()).1.into_iter().collect();
+    let mut rng = Rng::new(14);
+    let mut inside = 0;
+    for turn in 0..4000 {
+        let near = [5, 60, 70, LEAF - 3, 2 * LEAF + 6, 4 * LEAF, 5 * LEAF][turn % 7];
+        let start = (near + rng.below(6)).saturating_sub(3);
+        let count = [rng.below(4), rng.below(20), rng.below(2 * LEAF)][turn % 3];
+        let all = (start..start + count).all(|pfn| model.contains(&pfn));
+        assert_eq!(has_all(&set, frames_of(start, count)), all, "{start}, {count}");
+        inside += usize::from(all && count > 0);
+    }
+    assert!(inside > 100);
+    let before = memory.steps.load(SeqCst);
+    assert!(!has_all(&set, frames_of(4 * LEAF, abi::PFN_END - 4 * LEAF)));
+    assert!(memory.steps.load(SeqCst) - before <= 3 * u64::from(abi::DEPTH));
 }

@@ -95,7 +95,10 @@ fn blobs() {
         (u64::MAX - 4095, 4097, false),
         (1 << 63, (1 << 63) + 1, false),
         (0, 0x1000, false),
+        // What is empty is nowhere.
         (0, 0, false),
+        (0x1000, 0, false),
+        (u64::MAX, 0, false),
     ] {
         let expected = good.then_some(Blob { phys, size }).ok_or(FdtError::Blob);
         for (i, j) in (0..8).flat_map(|i| (0..8).map(move |j| (i, j))) {

@@ -19,7 +19,9 @@ use super::super::kho_takeover::{
     grains,
     keys,
     make_room,
-    Gaps, //
+    region_limit,
+    Gaps,
+    EXTENSION, //
 };
 use super::super::PAGE_SHIFT;
 use super::{
@@ -180,53 +182,86 @@ fn grains_without_memory() {
     }
 }
 
-/// The numbers of all aligned groups of `size` that have any of `numbers`.
-fn groups(numbers: &Set, size: u64) -> Set {
-    let groups: Set = numbers.iter().map(|number| number / size).collect();
-    let all = |group| group * size..(group + 1) * size;
-    groups.into_iter().flat_map(all).collect()
+/// The numbers, and those in gaps between them that are shorter than `gap`.
+fn closed(numbers: &Set, gap: u64) -> Set {
+    let mut all = numbers.clone();
+    for (low, high) in numbers.iter().zip(numbers.iter().skip(1)) {
+        if high - low - 1 < gap {
+            all.extend(low + 1..*high);
+        }
+    }
+    all
 }
 
-/// The numbers in the smallest groups that make up no more than `limit` runs.
-fn coarse(numbers: &Set, limit: usize) -> Set {
-    let sizes = (0..).map(|shift| 1 << shift);
-    let mut made = sizes.map(|size| groups(numbers, size));
-    made.find(|made| count_runs(made) <= limit).unwrap()
+/// The numbers after the shortest gaps were closed, none of `longest` or more.
+fn coarse(numbers: &Set, limit: usize, longest: u64) -> Set {
+    let mut gap = 1;
+    while gap < longest && count_runs(&closed(numbers, gap)) > limit {
+        gap = (2 * gap).min(longest);
+    }
+    closed(numbers, gap)
+}
+
+/// The order of a grain of which `2^bits` are as much as scratch is extended by.
+fn grain(bits: u32) -> u32 {
+    (EXTENSION >> PAGE_SHIFT).ilog2() - bits
 }
 
 #[test]
 fn coarsening() {
     let mut rng = Rng::new(21);
-    let mut grown = 0;
+    let (mut grown, mut bound) = (0, 0);
     for turn in 0..80 {
         // Small numbers, and some around the border of a leaf.
         let base = [0, 64, LEAF - 1000, 8 * LEAF - 3, 3 * LEAF + 77][turn % 5];
         let spread = 1 << (4 + turn % 9);
         let count = rng.below(1 << (turn % 8));
         let set: Set = (0..count).map(|_| base + rng.below(spread)).collect();
+        let bits = 1 + turn as u32 % 8;
         for limit in [1, 2, 3, 5, 8, 20, 100] {
             let mem = set_mem();
             let tree = tree_of(&mem, &set, &[base]);
-            assert_eq!(coarsen(&tree, Key::MAX, limit), Ok(()));
+            assert_eq!(coarsen(&tree, Key::MAX, order(grain(bits)), limit), Ok(()));
             let found = numbers_in(&mem, &tree);
-            assert!(found.is_superset(&set));
-            assert!(count_runs(&found) <= limit);
-            assert!(found == coarse(&set, limit), "{set:x?} to {limit}");
-            // No further than a machine's memory goes.
-            let last = set.last().map_or(0, |number| number + turn as u64 % 3);
-            let tree = tree_of(&mem, &set, &[base]);
-            assert_eq!(coarsen(&tree, key(last), limit), Ok(()));
-            let mut within = found.clone();
-            within.retain(|number| *number <= last);
-            assert!(numbers_in(&mem, &tree) == within, "{set:x?} to {last}");
-            if count_runs(&set) <= limit {
-                assert_eq!(found, set);
-            } else {
-                grown += 1;
-            }
+            assert!(found == coarse(&set, limit, 1 << bits), "{set:x?} to {limit}");
+            // Each block that scratch could be extended by, and is not now, holds something.
+            let in_blocks = |set: &Set| set.iter().map(|it| it >> bits).collect::<Set>();
+            assert!(in_blocks(&found) == in_blocks(&set), "{set:x?} to {limit}");
+            bound += usize::from(count_runs(&found) > limit);
+            grown += usize::from(found != set);
+            assert!(found == set || count_runs(&set) > limit);
         }
     }
-    assert!(grown > 100, "{grown}");
+    assert!(grown > 100 && bound > 30, "{grown}, {bound}");
+}
+
+/// Without anything between two blocks that scratch is extended by, the limit is met.
+#[test]
+fn limits() {
+    let frames = |bytes: u64| bytes >> PAGE_SHIFT;
+    for (ram, limit) in [
+        (0, 256),
+        (1 << 30, 256),
+        (16 << 30, 256),
+        (64 << 30, 1024),
+        (1 << 40, 16384),
+        (16 << 40, 16385),
+        (64 << 40, 65537),
+    ] {
+        assert_eq!(region_limit(frames(ram)), limit, "{ram:#x}");
+    }
+    // A grain in every other one of all there are, and grains that are as far apart as can be.
+    let bits = 6;
+    for step in [2, 63, 64, 65, 128, 129] {
+        let count = 40u64;
+        let set: Set = (0..count).map(|it| it * step).collect();
+        let last = (count - 1) * step;
+        let limit = (last + 1).div_ceil(1 << bits) as usize + 1;
+        let mem = set_mem();
+        let tree = tree_of(&mem, &set, &[]);
+        assert_eq!(coarsen(&tree, key(last), order(grain(bits)), limit), Ok(()));
+        assert!(count_runs(&numbers_in(&mem, &tree)) <= limit, "{step}");
+    }
 }
 
 /// The last numbers that a set of frames can have.
@@ -237,19 +272,21 @@ fn coarsening_at_the_end() {
     for limit in 1..5 {
         let mem = set_mem();
         let tree = tree_of(&mem, &set, &[]);
-        assert_eq!(coarsen(&tree, Key::MAX, limit), Ok(()));
-        assert_eq!(numbers_in(&mem, &tree), coarse(&set, limit), "{limit}");
+        assert_eq!(coarsen(&tree, Key::MAX, order(grain(4)), limit), Ok(()));
+        let expected = coarse(&set, limit, 16);
+        assert_eq!(numbers_in(&mem, &tree), expected, "{limit}");
     }
 }
 
 #[test]
 fn coarsening_without_memory() {
-    // Two runs that grow over the border of a leaf.
-    let set: Set = [LEAF - 2, LEAF - 4].into();
-    let more: Set = [LEAF - 2, LEAF + 1, 3 * LEAF].into();
+    // Gaps over one border of a leaf, and over two: a leaf is needed, where gaps get so long.
+    let bits = (abi::BITMAP_LOG2 + 2).min(grain(0));
+    let set: Set = [LEAF - 2, LEAF + 4].into();
+    let more: Set = [LEAF - 2, 2 * LEAF + 1, 9 * LEAF].into();
     let least = |set: &Set| abi::least_nodes(set.iter().copied());
     for (set, limit) in [(&set, 1), (&more, 2), (&more, 1)] {
-        let needed = least(&coarse(set, limit)) - least(set);
+        let needed = least(&coarse(set, limit, 1 << bits)) - least(set);
         for budget in 0..=needed {
             let mem = set_mem();
             let tree = tree_of(&mem, set, &[]);
@@ -259,7 +296,8 @@ fn coarsening_without_memory() {
             } else {
                 Ok(())
             };
-            assert_eq!(coarsen(&tree, Key::MAX, limit), expected);
+            let result = coarsen(&tree, Key::MAX, order(grain(bits)), limit);
+            assert_eq!(result, expected);
             assert!(numbers_in(&mem, &tree).is_superset(set));
             tree.destroy();
             assert_eq!(mem.live(), 0);

@@ -12,6 +12,7 @@ use super::super::kho_radix::{
     NodeAddr,
     NodeMem,
     Removal,
+    Step,
     Tree,
     Visitor, //
 };
@@ -324,8 +325,11 @@ impl Log {
 }
 
 impl Visitor for Log {
-    fn node(&mut self, addr: NodeAddr, first: u64, last: u64) -> bool {
-        self.push(Seen::Node(addr.get(), first, last))
+    fn node(&mut self, addr: NodeAddr, first: u64, last: u64) -> Step {
+        match self.push(Seen::Node(addr.get(), first, last)) {
+            true => Step::In,
+            false => Step::Stop,
+        }
     }
 
     fn leaf(&mut self, first: u64, _leaf: &Node) -> bool {

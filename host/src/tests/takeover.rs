@@ -4,6 +4,7 @@
 
 use super::super::kho_key::Key;
 use super::super::kho_radix::{
+    NoMemory,
     NodeAddr,
     Tree, //
 };
@@ -11,7 +12,8 @@ use super::super::kho_range::Frames;
 use super::super::kho_takeover::{
     chart,
     Machine,
-    Refusal, //
+    Refusal,
+    Sets, //
 };
 use super::super::PAGE_SHIFT;
 use super::{
@@ -61,6 +63,19 @@ impl Fake {
         let within = |range: &(u64, u64)| (range.0..range.1).contains(&pfn);
         (within(&self.ram) || within(&self.nodes)) && !self.outside.iter().any(within)
     }
+
+    /// Whether the frame is RAM, in scratch or not.
+    pub(super) fn is_ram(&self, pfn: u64) -> bool {
+        self.has(pfn) || (SCRATCH.0..SCRATCH.1).contains(&pfn)
+    }
+
+    /// Frames next to which one is RAM, or scratch, and the other is not.
+    fn borders(&self) -> Vec<u64> {
+        let outside = self.outside.iter().flat_map(|range| [range.0, range.1]);
+        let borders = [self.ram.0, self.ram.1, self.nodes.0, self.nodes.1];
+        let borders = borders.into_iter().chain(outside);
+        borders.chain(self.seams.iter().copied()).collect()
+    }
 }
 
 impl Machine for Fake {
@@ -73,13 +88,18 @@ impl Machine for Fake {
         if !self.has(pfn) {
             return None;
         }
-        let outside = self.outside.iter().flat_map(|range| [range.0, range.1]);
-        let borders = [self.ram.0, self.ram.1, self.nodes.0, self.nodes.1];
-        let borders = borders.into_iter().chain(outside);
-        let borders: Vec<u64> = borders.chain(self.seams.iter().copied()).collect();
+        let borders = self.borders();
         let start = borders.iter().filter(|at| **at <= pfn).max()?;
         let end = borders.iter().filter(|at| **at > pfn).min()?;
         Some(frames(*start, *end))
+    }
+
+    fn ram(&self, pfn: u64) -> Option<Frames> {
+        let borders = self.borders();
+        let starts = borders.iter().copied().filter(|at| *at > pfn).chain([pfn]);
+        let start = starts.filter(|at| self.is_ram(*at)).min()?;
+        let end = borders.iter().filter(|at| **at > start).min()?;
+        Some(frames(start, *end))
     }
 }
 
@@ -105,8 +125,14 @@ pub(super) fn tree_at(mem: &Mem, root: u64) -> Tree<&Mem> {
 /// that were met.
 fn met(mem: &Mem, root: u64, machine: &Fake) -> (Result<u64, Refusal>, Vec<u64>) {
     let memory = Mem::at(1 << 50, 2048);
-    let [nodes, held] = [(); 2].map(|_| Tree::new(&memory).unwrap());
-    let result = chart(&tree_at(mem, root), machine, &nodes, &held).map(|census| census.nodes);
+    let [nodes, held, lost] = [(); 3].map(|_| Tree::new(&memory).unwrap());
+    let sets = Sets {
+        nodes: &nodes,
+        held: &held,
+        lost: &lost,
+    };
+    let census = chart(&tree_at(mem, root), machine, sets).unwrap();
+    let result = census.refusal.map_or(Ok(census.nodes), Err);
     (result, abi::walk(&memory, nodes.root().get()).1)
 }
 
@@ -137,10 +163,15 @@ fn sound_tree() {
     assert_eq!(met(&mem, empty, &machine).0, Ok(1));
     // Nothing to remember the nodes with.
     let memory = Mem::at(1 << 50, 2048);
-    let [nodes, held] = [(); 2].map(|_| Tree::new(&memory).unwrap());
+    let [nodes, held, lost] = [(); 3].map(|_| Tree::new(&memory).unwrap());
+    let sets = Sets {
+        nodes: &nodes,
+        held: &held,
+        lost: &lost,
+    };
     memory.budget.store(2, SeqCst);
-    let result = chart(&tree_at(&mem, root), &machine, &nodes, &held);
-    assert_eq!(result.map(|_| ()), Err(Refusal::NoMemory));
+    let result = chart(&tree_at(&mem, root), &machine, sets);
+    assert_eq!(result.map(|_| ()), Err(NoMemory));
 }
 
 /// No number in any table leads takeover to read what is no node: node memory panics then.
@@ -308,7 +339,8 @@ fn is_bounded() {
     }
     let machine = Fake::new();
     assert!(met(&mem, root, &machine).0.is_err());
-    assert!(machine.asked.get() <= most as u64 + 1);
+    // No node is asked for twice, and none is looked into that is out of reach.
+    assert!(machine.asked.get() <= mem.live() as u64);
     // Tables of which every entry leads to the same table: without a memory of what was met,
     // the walk would take for ever.
     let mem = node_mem();
@@ -320,5 +352,57 @@ fn is_bounded() {
     }
     let machine = Fake::new();
     assert!(met(&mem, tables[0], &machine).0.is_err());
-    assert!(machine.asked.get() <= most as u64);
+    let entries = (abi::DEPTH as u64 - 1) << abi::TABLE_LOG2;
+    assert!(machine.asked.get() <= 1 + entries);
+}
+
+/// Behind a node that is not sound the walk goes on, so that what the rest names can be kept.
+#[test]
+fn goes_on_behind_a_broken_node() {
+    let bad = abi::encode(0x102 << PAGE_SHIFT, 1);
+    for level in 1..abi::DEPTH {
+        let mem = node_mem();
+        let root = handed_over(&mem, &BLOCKS);
+        let mut node = root;
+        for above in (level + 1..abi::DEPTH).rev() {
+            node = mem.words(node)[abi::index(bad, above)].load(SeqCst);
+        }
+        let entry = abi::index(bad, level);
+        let below = mem.words(node)[entry].load(SeqCst);
+        mem.words(node)[entry].store(1, SeqCst);
+        let memory = Mem::at(1 << 50, 2048);
+        let [nodes, held, lost] = [(); 3].map(|_| Tree::new(&memory).unwrap());
+        let sets = Sets {
+            nodes: &nodes,
+            held: &held,
+            lost: &lost,
+        };
+        let census = chart(&tree_at(&mem, root), &Fake::new(), sets).unwrap();
+        assert_eq!(census.refusal, Some(Refusal::Node(1)));
+        // All that is not below that node.
+        let cut: Vec<u64> = {
+            let mut keys = Vec::new();
+            let mut stack = vec![(below, level - 1, bad >> abi::node_shift(level - 1) << abi::node_shift(level - 1))];
+            while let Some((phys, level, first)) = stack.pop() {
+                for (i, word) in (0u64..).zip(mem.words(phys)) {
+                    let word = word.load(SeqCst);
+                    if level > 0 && word != 0 {
+                        stack.push((word, level - 1, first | i << abi::shift(level)));
+                    } else if level == 0 {
+                        keys.extend((0..64).filter(|b| word >> b & 1 == 1).map(|b| first | i * 64 | b));
+                    }
+                }
+            }
+            keys
+        };
+        assert!(cut.contains(&bad));
+        let expected: BTreeSet<u64> = BLOCKS
+            .iter()
+            .filter(|(pfn, of)| !cut.contains(&abi::encode(pfn << PAGE_SHIFT, *of)))
+            .flat_map(|(pfn, of)| *pfn..pfn + (1 << of))
+            .collect();
+        let found = abi::walk(&memory, held.root().get()).1;
+        assert!(found.iter().eq(expected.iter()), "level {level}: {found:x?}");
+        assert_eq!(census.frames, expected.len() as u64);
+    }
 }
