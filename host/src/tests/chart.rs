@@ -391,15 +391,15 @@ fn lost_blocks() {
 #[test]
 fn lost_blocks_claim_nothing() {
     let machine = Fake::new();
-    // The largest one has the hole in it.
-    let blocks = [(HOLE.0 - 16, 0), (0, 16), (HOLE.0 - 8, 3), (HOLE.0 - 8, 0)];
+    // Two of the same order, of which one has scratch in it, and pages in both.
+    let blocks = [(SCRATCH.0, 13), (SCRATCH.1, 0), (SCRATCH.1 + 8, 3), (0x4000, 13), (0x4100, 0)];
     let mem = node_mem();
     let tree = tree_at(&mem, handed_over(&mem, &blocks));
     let held = set_mem();
     let census = chart_in(&tree, &machine, &Tree::new(&held).unwrap()).unwrap();
-    assert_eq!((census.lost, census.overlap), (1, Some(HOLE.0 - 8)));
-    let claimed = |(pfn, of)| is_claimed(&tree, &census, &machine, block(pfn, of));
-    assert!(!claimed(blocks[0]) && !claimed(blocks[2]) && claimed(blocks[3]));
+    assert_eq!((census.lost, census.overlap), (1, Some(0x4100)));
+    let claimed = blocks.map(|(pfn, of)| is_claimed(&tree, &census, &machine, block(pfn, of)));
+    assert_eq!(claimed, [false, false, false, false, true]);
 }
 
 /// Single pages are checked in words; RAM and scratch start and end anywhere in them.
