@@ -563,12 +563,18 @@ impl Takeover {
     #[link_section = ".init.text"]
     fn open_early(&self) {
         for frames in frames_of(&self.closed) {
-            for number in grain_numbers(frames) {
-                let grain = grain_frames(number);
-                let is_early = grain.end() <= first_deferred(nid_of(grain.start()));
-                if is_early && !kho_takeover::has_all(&self.held, grain) {
-                    self.open(number);
+            let mut rest = frames;
+            while rest.count() > 0 {
+                // No grain that is closed has a border in it.
+                let part = kho_memblock::in_one_region(rest);
+                let end = first_deferred(nid_of(part.start()));
+                let early = part.head(end.saturating_sub(part.start()));
+                for number in grain_numbers(grains_inside(early)) {
+                    if !kho_takeover::has_all(&self.held, grain_frames(number)) {
+                        self.open(number);
+                    }
                 }
+                rest = rest.tail(part.count());
             }
         }
         self.open_mixed(first_deferred_of_all());
@@ -605,12 +611,36 @@ impl Takeover {
         }
     }
 
-    /// Returns whether there are grains to be opened from number `start` to before `end`.
+    /// Opens the grains that are wholly in a span of frames, on all CPUs.
     #[link_section = ".init.text"]
-    fn has_any(&self, start: u64, end: u64) -> bool {
+    fn open_in_parallel(&self, span: Range<u64>) {
+        let count = span.end.wrapping_sub(span.start);
+        let Some(frames) = Pfn::new(span.start).and_then(|start| Frames::new(start, count)) else {
+            return;
+        };
+        let Range { start, end } = grain_numbers(grains_inside(frames));
+        if start < end && self.closed_between(start, end).next().is_some() {
+            // SAFETY: Spans are worked on one after the other, and each chunk of one is another
+            // part of it.
+            unsafe {
+                bindings::kho_glue_in_parallel(
+                    Some(open_chunk),
+                    start as usize,
+                    end as usize,
+                    CHUNK,
+                )
+            };
+        }
+    }
+
+    /// Returns the grains to be opened from number `start` to before `end`, which is larger.
+    #[link_section = ".init.text"]
+    fn closed_between(&self, start: u64, end: u64) -> Ranges<'_> {
         let last = Key::of_frame(end.wrapping_sub(1));
-        let bounds = (Key::of_frame(start), last);
-        start < end && self.closed.runs_between(bounds).next().is_some()
+        Ranges {
+            runs: self.closed.runs_between((Key::of_frame(start), last)),
+            order: GRAIN,
+        }
     }
 
     /// Frees the nodes of the tree, and what was needed to know all this.
@@ -770,20 +800,16 @@ pub(crate) fn init_free() {
 #[link_section = ".init.text"]
 pub(crate) fn init_late() {
     let Some(takeover) = pending() else { return };
+    // Regions that touch differ in flags or node, which makes no difference here.
+    let mut span = 0..0;
     for region in kho_memblock::memory_frames() {
-        let Range { start, end } = grain_numbers(grains_inside(region));
-        if takeover.has_any(start, end) {
-            // SAFETY: The grains of this region are in no other.
-            unsafe {
-                bindings::kho_glue_in_parallel(
-                    Some(open_chunk),
-                    start as usize,
-                    end as usize,
-                    CHUNK,
-                )
-            };
+        if region.start() != span.end {
+            takeover.open_in_parallel(span);
+            span = region.start()..region.start();
         }
+        span.end = region.end();
     }
+    takeover.open_in_parallel(span);
     takeover.open_mixed(u64::MAX);
     finish();
 }
@@ -799,10 +825,12 @@ const CHUNK: usize = 32;
 #[link_section = ".init.text"]
 unsafe extern "C" fn open_chunk(start: usize, end: usize, _arg: *mut c_void) {
     let Some(takeover) = pending() else { return };
-    for number in start as u64..end as u64 {
-        takeover.open(number);
-        // SAFETY: A thread of its own.
-        unsafe { bindings::kho_glue_cond_resched() };
+    for frames in takeover.closed_between(start as u64, end as u64) {
+        for number in grain_numbers(frames) {
+            takeover.open(number);
+            // SAFETY: A thread of its own.
+            unsafe { bindings::kho_glue_cond_resched() };
+        }
     }
 }
 
