@@ -214,6 +214,13 @@ void __init kho_glue_cond_resched(void)
 	cond_resched();
 }
 
+/* pages; macros of the allocator's, so that they are found in /proc/allocinfo */
+
+void *kho_glue_alloc_page(void)
+{
+	return (void *)get_zeroed_page(GFP_KERNEL);
+}
+
 /* folios */
 
 struct kho_glue_folio kho_glue_folio(struct folio *folio)

@@ -75,6 +75,9 @@ void kho_glue_in_parallel(void (*fn)(unsigned long start, unsigned long end, voi
 			  unsigned long start, unsigned long end, unsigned long align);
 void kho_glue_cond_resched(void);
 
+/* pages */
+void *kho_glue_alloc_page(void);
+
 /* folios */
 struct kho_glue_folio kho_glue_folio(struct folio *folio);
 struct folio *kho_glue_folio_alloc(unsigned int order);

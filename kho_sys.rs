@@ -183,14 +183,13 @@ impl NodeMem for Direct {
     #[link_section = ".ref.text"]
     #[inline(never)]
     fn alloc(&self) -> Option<NodeAddr> {
-        // SAFETY: May be called by anyone who may sleep.
+        // SAFETY: Early boot, if there is no slab.
         unsafe {
             if !bindings::slab_is_available() {
                 return alloc_early();
             }
-            let page = bindings::get_zeroed_page_noprof(bindings::GFP_KERNEL) as *mut c_void;
-            NonNull::new(page).and_then(|page| NodeAddr::new(phys(page.as_ptr())))
         }
+        NodeAddr::new(alloc_page()?)
     }
 
     #[link_section = ".ref.text"]
@@ -538,8 +537,8 @@ pub(crate) unsafe fn free_page(phys: u64) {
 /// Allocates a page of zeroes and returns its physical address.
 pub(crate) fn alloc_page() -> Option<u64> {
     // SAFETY: The caller may sleep.
-    let page = unsafe { bindings::get_zeroed_page_noprof(bindings::GFP_KERNEL) };
-    (page != 0).then(|| phys(page as *mut c_void))
+    let page = unsafe { bindings::kho_glue_alloc_page() };
+    (!page.is_null()).then(|| phys(page))
 }
 
 /// Returns the physical addresses and sizes of the scratch areas.
