@@ -201,8 +201,9 @@ unsafe extern "C" fn kho_preserve_vmalloc(
     preservation: *mut bindings::kho_vmalloc,
 ) -> c_int {
     errno(kho_vmalloc::preserve(ptr).map(|result| {
+        // A property of an FDT is aligned to four bytes.
         // SAFETY: By the caller's contract.
-        unsafe { preservation.write(result) };
+        unsafe { preservation.write_unaligned(result) };
     }))
 }
 
@@ -212,7 +213,7 @@ unsafe extern "C" fn kho_preserve_vmalloc(
 #[export]
 unsafe extern "C" fn kho_unpreserve_vmalloc(preservation: *mut bindings::kho_vmalloc) {
     // SAFETY: By the caller's contract.
-    unsafe { kho_vmalloc::unpreserve(&*preservation) };
+    unsafe { kho_vmalloc::unpreserve(preservation.read_unaligned()) };
 }
 
 #[export]
@@ -282,7 +283,8 @@ unsafe extern "C" fn kho_restore_vmalloc(
     preservation: *const bindings::kho_vmalloc,
 ) -> *mut c_void {
     // SAFETY: By the caller's contract.
-    kho_vmalloc::restore(unsafe { &*preservation }).unwrap_or(ptr::null_mut())
+    let preservation = unsafe { preservation.read_unaligned() };
+    kho_vmalloc::restore(preservation).unwrap_or(ptr::null_mut())
 }
 
 /// # Safety

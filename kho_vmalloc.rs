@@ -204,7 +204,7 @@ fn fill(first: Chunk, area: &bindings::vm_struct, order: Order) -> Result {
 /// # Safety
 ///
 /// `preservation` must come from [`preserve`], and not be used after this.
-pub(crate) unsafe fn unpreserve(preservation: &bindings::kho_vmalloc) {
+pub(crate) unsafe fn unpreserve(preservation: bindings::kho_vmalloc) {
     if let Some(order) = Order::new(preservation.order.into()) {
         // SAFETY: By the caller's contract; the address is the only thing ever in there.
         unsafe { unpreserve_list(preservation.first.phys, order) };
@@ -361,7 +361,7 @@ impl Drop for Claimed {
 }
 
 /// Makes an area of preserved memory and returns its address, or changes nothing.
-pub(crate) fn restore(preservation: &bindings::kho_vmalloc) -> Option<*mut c_void> {
+pub(crate) fn restore(preservation: bindings::kho_vmalloc) -> Option<*mut c_void> {
     // No area has pages larger than those of the page allocator.
     let order = Order::new(preservation.order.into())
         .filter(|order| order.get() <= bindings::KHO_MAX_PAGE_ORDER);
