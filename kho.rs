@@ -434,6 +434,32 @@ unsafe extern "C" fn kho_rs_parse_scratch(arg: *mut c_char) -> c_int {
     0
 }
 
+/// Learns which memory has to be refused, before there can be more of it.
+///
+/// # Safety
+///
+/// Called once, as a `core_initcall`.
+#[export]
+#[link_section = ".init.text"]
+unsafe extern "C" fn kho_rs_map() -> c_int {
+    kho_sys::draw_map();
+    0
+}
+
+/// Notes memory that is going online.
+///
+/// # Safety
+///
+/// Always safe to call.
+#[export]
+unsafe extern "C" fn kho_rs_plug(pfn: usize, nr_pages: usize) {
+    if let Some(frames) =
+        kho_key::Pfn::new(pfn as u64).and_then(|pfn| Frames::new(pfn, nr_pages as u64))
+    {
+        kho_sys::plug(frames);
+    }
+}
+
 #[export]
 #[link_section = ".init.text"]
 #[expect(clippy::missing_safety_doc, reason = "called once, as an initcall")]

@@ -14,6 +14,7 @@
 #include <linux/kasan.h>
 #include <linux/kmemleak.h>
 #include <linux/kmsan.h>
+#include <linux/memory.h>
 #include <linux/memory_hotplug.h>
 #include <linux/padata.h>
 #include <linux/page-isolation.h>
@@ -34,6 +35,7 @@ unsigned int kho_scratch_cnt;
 
 early_param("kho", kho_rs_parse_enable);
 early_param("kho_scratch", kho_rs_parse_scratch);
+core_initcall(kho_rs_map);
 fs_initcall(kho_rs_init);
 
 EXPORT_SYMBOL_GPL(is_kho_boot);
@@ -80,6 +82,17 @@ unsigned long kho_glue_page_to_pfn(const struct page *page)
 bool kho_glue_one_node(unsigned long first, unsigned long last)
 {
 	return pfn_to_nid(first) == pfn_to_nid(last);
+}
+
+/* Whether a part of it was not there at boot. Memory is plugged in by the section. */
+bool kho_glue_is_plugged(unsigned long start, unsigned long end)
+{
+#ifdef CONFIG_MEMORY_HOTPLUG
+	for (unsigned long pfn = start; pfn < end; pfn = SECTION_ALIGN_UP(pfn + 1))
+		if (!early_section(__pfn_to_section(pfn)))
+			return true;
+#endif
+	return false;
 }
 
 int __init kho_glue_early_pfn_to_nid(unsigned long pfn)
@@ -231,14 +244,25 @@ struct kho_glue_folio kho_glue_folio(struct folio *folio)
 	};
 }
 
-struct folio *kho_glue_folio_alloc(unsigned int order)
+void *kho_glue_alloc_folio(unsigned int order)
 {
-	return folio_alloc(GFP_KERNEL | __GFP_ZERO, order);
+	struct folio *folio = folio_alloc(GFP_KERNEL | __GFP_ZERO, order);
+
+	return folio ? folio_address(folio) : NULL;
 }
 
-void *kho_glue_folio_address(struct folio *folio)
+/* From one node; with NUMA_NO_NODE from any, but from no zone above that of @zone. */
+void *kho_glue_alloc_folio_from(unsigned int order, int nid, gfp_t zone)
 {
-	return folio_address(folio);
+	gfp_t gfp = GFP_KERNEL | __GFP_ZERO | __GFP_RETRY_MAYFAIL | __GFP_NOWARN | zone;
+	struct folio *folio;
+
+	if (nid == NUMA_NO_NODE)
+		nid = numa_mem_id();
+	else
+		gfp |= __GFP_THISNODE;
+	folio = __folio_alloc_node(gfp, order, nid);
+	return folio ? folio_address(folio) : NULL;
 }
 
 void kho_glue_folio_put(struct folio *folio)
@@ -369,6 +393,21 @@ static DECLARE_DELAYED_WORK(kho_prune_work, kho_prune);
 void kho_glue_schedule_prune(void)
 {
 	schedule_delayed_work(&kho_prune_work, HZ);
+}
+
+/* Before anybody can allocate what comes. */
+static int kho_memory_notify(struct notifier_block *self, unsigned long action, void *arg)
+{
+	struct memory_notify *memory = arg;
+
+	if (action == MEM_GOING_ONLINE)
+		kho_rs_plug(memory->start_pfn, memory->nr_pages);
+	return NOTIFY_OK;
+}
+
+void __init kho_glue_watch_memory(void)
+{
+	hotplug_memory_notifier(kho_memory_notify, DEFAULT_CALLBACK_PRI);
 }
 
 phys_addr_t kho_glue_low_limit(void)

@@ -40,6 +40,8 @@ const unsigned int RUST_CONST_HELPER_KHO_MAX_PAGE_ORDER = MAX_PAGE_ORDER;
 const unsigned int RUST_CONST_HELPER_KHO_MAX_FOLIO_ORDER = MAX_FOLIO_ORDER;
 const size_t RUST_CONST_HELPER_KHO_PAGE_PRIVATE = offsetof(struct page, private);
 const size_t RUST_CONST_HELPER_KHO_PAGE_LRU = offsetof(struct page, lru);
+const gfp_t RUST_CONST_HELPER_KHO_GFP_DMA = __GFP_DMA;
+const gfp_t RUST_CONST_HELPER_KHO_GFP_DMA32 = __GFP_DMA32;
 #endif
 
 /* A folio as the tree knows it; both words are returned in registers. */
@@ -58,6 +60,7 @@ struct page *kho_glue_pfn_to_page(unsigned long pfn);
 struct page *kho_glue_pfn_to_online_page(unsigned long pfn);
 unsigned long kho_glue_page_to_pfn(const struct page *page);
 bool kho_glue_one_node(unsigned long first, unsigned long last);
+bool kho_glue_is_plugged(unsigned long start, unsigned long end);
 int kho_glue_early_pfn_to_nid(unsigned long pfn);
 void kho_glue_init_pages(struct page *page, unsigned long nr_pages);
 struct folio *kho_glue_init_folio(struct page *page, unsigned int order);
@@ -80,8 +83,8 @@ void *kho_glue_alloc_page(void);
 
 /* folios */
 struct kho_glue_folio kho_glue_folio(struct folio *folio);
-struct folio *kho_glue_folio_alloc(unsigned int order);
-void *kho_glue_folio_address(struct folio *folio);
+void *kho_glue_alloc_folio(unsigned int order);
+void *kho_glue_alloc_folio_from(unsigned int order, int nid, gfp_t zone);
 void kho_glue_folio_put(struct folio *folio);
 struct folio *kho_glue_virt_to_folio(const void *mem);
 
@@ -106,6 +109,7 @@ void kho_glue_unlock_fdt(void);
 void kho_glue_lock_prune(void);
 void kho_glue_unlock_prune(void);
 void kho_glue_schedule_prune(void);
+void kho_glue_watch_memory(void);
 phys_addr_t kho_glue_low_limit(void);
 int kho_glue_next_memory_node(int nid);
 bool kho_glue_is_kdump_kernel(void);
@@ -122,7 +126,9 @@ void kho_glue_debugfs_remove(void *blob);
 /* called by the glue, implemented in kho.rs */
 int kho_rs_parse_enable(char *arg);
 int kho_rs_parse_scratch(char *arg);
+int kho_rs_map(void);
 int kho_rs_init(void);
+void kho_rs_plug(unsigned long pfn, unsigned long nr_pages);
 void kho_rs_prune(void);
 
 #endif /* KHO_GLUE_H */

@@ -19,7 +19,8 @@
 use super::kho_key::{
     Block,
     Key,
-    Order, //
+    Order,
+    Pfn, //
 };
 use super::kho_radix::Removal;
 use super::kho_range::Frames;
@@ -32,21 +33,28 @@ use super::kho_sys::{
 use super::kho_withheld;
 use kernel::{
     bindings,
-    prelude::*,
-    warn_on, //
+    prelude::*, //
 };
 
-/// Refuses memory in a scratch area: the next kernel boots in there, and would refuse all of the
-/// handover for it. Movable memory may lie there, and has to be pinned before it is preserved; who
-/// does not is told by a trace, with debug checks.
+/// Refuses memory that the next kernel could not take over.
+///
+/// # Errors
+///
+/// `EINVAL` in a scratch area: the next kernel boots in there. Movable memory may lie there, and
+/// has to be pinned before it is preserved. `EADDRNOTAVAIL` for memory that was plugged in while
+/// this kernel ran: the next one boots with the memory that firmware tells of.
 #[inline(never)]
-fn check_scratch(phys: u64, bytes: u64) -> Result {
-    let inside = kho_sys::in_scratch(phys, bytes);
-    if cfg!(CONFIG_KEXEC_HANDOVER_DEBUG) {
-        warn_on!(inside);
-    }
-    if inside {
+pub(crate) fn check_place(frames: Frames) -> Result {
+    if kho_sys::in_scratch(frames.phys(), frames.bytes()) {
+        kho_sys::complain("memory in scratch cannot be preserved", frames.phys());
         return Err(EINVAL);
+    }
+    if kho_sys::is_plugged(frames) {
+        kho_sys::complain(
+            "memory that was plugged in cannot be preserved",
+            frames.phys(),
+        );
+        return Err(EADDRNOTAVAIL);
     }
     Ok(())
 }
@@ -56,11 +64,11 @@ fn check_scratch(phys: u64, bytes: u64) -> Result {
 /// # Errors
 ///
 /// `EOPNOTSUPP` with KHO off, `EEXIST` if exactly this block is preserved already (whoever did
-/// that counts on being the one to undo it), `ENOMEM`; `EINVAL` in scratch.
+/// that counts on being the one to undo it), `ENOMEM`; else as [`check_place`].
 #[inline(always)]
 pub(crate) fn preserve(block: Block) -> Result {
-    if kho_sys::near_scratch(block) {
-        check_scratch(block.pfn().phys(), Frames::of_block(block).bytes())?;
+    if kho_sys::may_be_refused(block) {
+        check_place(Frames::of_block(block))?;
     }
     let tree = kho_state::out_tree().ok_or(EOPNOTSUPP)?;
     match tree.add(Key::of(block)) {
@@ -113,7 +121,7 @@ fn preserve_blocks(frames: Frames) -> Result {
     if frames.count() == 0 {
         return Ok(());
     }
-    check_scratch(frames.phys(), frames.bytes())?;
+    check_place(frames)?;
     let tree = kho_state::out_tree().ok_or(EOPNOTSUPP)?;
     let keys = frames.blocks(kho_sys::one_node).map(Key::of);
     tree.add_all(keys).map_err(|(key, error)| {
@@ -294,19 +302,16 @@ pub(crate) fn alloc_preserve(size: usize) -> Result<*mut c_void> {
     }
     // Not after an allocation that would be for nothing.
     kho_state::out_tree().ok_or(EOPNOTSUPP)?;
-    // SAFETY: The order is one of the page allocator's.
-    let folio = unsafe { bindings::kho_glue_folio_alloc(order) };
-    if folio.is_null() {
-        return Err(ENOMEM);
-    }
-    // SAFETY: The folio is ours.
-    let block = unsafe { kho_sys::folio_block(folio) };
-    match block.ok_or(EINVAL).and_then(preserve_block) {
-        // SAFETY: The folio is ours.
-        Ok(()) => Ok(unsafe { bindings::kho_glue_folio_address(folio) }),
+    let order = Order::new(order).ok_or(E2BIG)?;
+    let folio = kho_sys::alloc_folio(order).ok_or(ENOMEM)?;
+    let block = Pfn::from_phys(kho_sys::phys(folio.as_ptr()))
+        .and_then(|pfn| Block::new(pfn, order))
+        .ok_or(EINVAL);
+    match block.and_then(preserve_block) {
+        Ok(()) => Ok(folio.as_ptr()),
         Err(error) => {
-            // SAFETY: The only reference is given up.
-            unsafe { bindings::kho_glue_folio_put(folio) };
+            // SAFETY: The folio is ours.
+            unsafe { kho_sys::free_folio(folio) };
             Err(error)
         }
     }

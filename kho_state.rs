@@ -216,7 +216,6 @@ pub(crate) fn init() -> Result {
 
 #[link_section = ".init.text"]
 fn init_out() -> Result {
-    kho_sys::map_scratch();
     // SAFETY: The tree is made here.
     let tree = Tree::new(unsafe { Direct::new() }).map_err(|_| ENOMEM)?;
     let root = tree.root();

@@ -534,11 +534,108 @@ pub(crate) unsafe fn free_page(phys: u64) {
     unsafe { bindings::free_pages(virt::<c_void>(phys) as usize, 0) };
 }
 
-/// Allocates a page of zeroes and returns its physical address.
+/// Allocates a page of zeroes that the next kernel has, too, and returns its physical address.
 pub(crate) fn alloc_page() -> Option<u64> {
     // SAFETY: The caller may sleep.
     let page = unsafe { bindings::kho_glue_alloc_page() };
-    (!page.is_null()).then(|| phys(page))
+    there_at_boot(page, Order::ZERO).map(|page| phys(page.as_ptr()))
+}
+
+/// Allocates a folio of zeroes that the next kernel has, too. The order must be one of the page
+/// allocator's.
+pub(crate) fn alloc_folio(order: Order) -> Option<NonNull<c_void>> {
+    // SAFETY: By the caller's contract, and the caller may sleep.
+    let folio = unsafe { bindings::kho_glue_alloc_folio(order.get()) };
+    there_at_boot(folio, order)
+}
+
+/// Frees what [`alloc_folio`] returned.
+///
+/// # Safety
+///
+/// The caller must have the only reference to the folio.
+pub(crate) unsafe fn free_folio(folio: NonNull<c_void>) {
+    // SAFETY: By the caller's contract.
+    unsafe { bindings::kho_glue_folio_put(bindings::kho_glue_virt_to_folio(folio.as_ptr())) };
+}
+
+/// Returns `mem`, `2^order` pages that were just allocated, or others if those were plugged in.
+fn there_at_boot(mem: *mut c_void, order: Order) -> Option<NonNull<c_void>> {
+    let mem = NonNull::new(mem)?;
+    let frames = Frames::covering(phys(mem.as_ptr()), order.pages() << PAGE_SHIFT);
+    if frames.is_some_and(is_plugged) {
+        return alloc_elsewhere(mem, order);
+    }
+    Some(mem)
+}
+
+/// Tries to allocate `2^order` pages that were there at boot: once on each node, and once in each
+/// of the zones that hot-plugged memory mostly lies above. Frees `plugged`.
+#[cold]
+#[inline(never)]
+fn alloc_elsewhere(plugged: NonNull<c_void>, order: Order) -> Option<NonNull<c_void>> {
+    const NO_NODE: c_int = bindings::NUMA_NO_NODE;
+    let mut last = NO_NODE;
+    let nodes = core::iter::from_fn(|| {
+        // SAFETY: Takes any number from that of no node on.
+        last = unsafe { bindings::kho_glue_next_memory_node(last) };
+        (last != NO_NODE).then_some((last, 0))
+    });
+    let zones = [
+        (NO_NODE, bindings::KHO_GFP_DMA32),
+        (NO_NODE, bindings::KHO_GFP_DMA),
+    ];
+
+    // What is no good is freed at the end, or it would be found again. It has room for a list.
+    let mut rejected = plugged.cast::<Option<NonNull<c_void>>>();
+    // SAFETY: The memory is ours, and a page at least.
+    unsafe { rejected.write(None) };
+    let mut found = None;
+    for (nid, zone) in Iterator::chain(nodes, zones) {
+        // SAFETY: The order is the page allocator's; the node has memory.
+        let mem = unsafe { bindings::kho_glue_alloc_folio_from(order.get(), nid, zone) };
+        let Some(mem) = NonNull::new(mem) else {
+            continue;
+        };
+        let frames = Frames::covering(phys(mem.as_ptr()), order.pages() << PAGE_SHIFT);
+        if !frames.is_some_and(is_plugged) {
+            found = Some(mem);
+            break;
+        }
+        let next = rejected.cast();
+        rejected = mem.cast();
+        // SAFETY: As above.
+        unsafe { rejected.write(Some(next)) };
+    }
+    let mut next = Some(rejected.cast());
+    while let Some(mem) = next {
+        // SAFETY: As above; nobody else has it.
+        unsafe {
+            next = mem.cast::<Option<NonNull<c_void>>>().read();
+            free_folio(mem);
+        }
+    }
+    found
+}
+
+/// A range around all memory that was plugged in while this kernel ran, or was offline: its first
+/// frame, and the one after its last. No kernel that this one boots has such memory from the start.
+static PLUGGED: (AtomicU64, AtomicU64) = (AtomicU64::new(u64::MAX), AtomicU64::new(0));
+
+/// Notes that memory is being plugged in. It is not free yet, so that whoever gets it from the page
+/// allocator also finds the note.
+pub(crate) fn plug(frames: Frames) {
+    PLUGGED.0.fetch_min(frames.start(), Ordering::Relaxed);
+    PLUGGED.1.fetch_max(frames.end(), Ordering::Relaxed);
+    REFUSED_MAP.fetch_or(granules(frames), Ordering::Relaxed);
+}
+
+/// Returns whether any of `frames` was plugged in, and was not there at boot.
+pub(crate) fn is_plugged(frames: Frames) -> bool {
+    let start = frames.start().max(PLUGGED.0.load(Ordering::Relaxed));
+    let end = frames.end().min(PLUGGED.1.load(Ordering::Relaxed));
+    // SAFETY: Takes any numbers.
+    start < end && unsafe { bindings::kho_glue_is_plugged(start as usize, end as usize) }
 }
 
 /// Returns the physical addresses and sizes of the scratch areas.
@@ -573,39 +670,49 @@ pub(crate) fn in_scratch(phys: u64, size: u64) -> bool {
     })
 }
 
-/// A coarse map of scratch: bit `n % 64` is set if the `n`th granule of memory, which has
-/// `2^GRANULE` pages, holds part of a scratch area. Until it is made, all of memory does.
-static SCRATCH_MAP: AtomicU64 = AtomicU64::new(u64::MAX);
+/// A coarse map of memory that may have to be refused: bit `n % 64` is set if the `n`th granule of
+/// memory, which has `2^GRANULE` pages, holds part of a scratch area or of memory that was plugged
+/// in. Until it is made, all of memory does.
+static REFUSED_MAP: AtomicU64 = AtomicU64::new(u64::MAX);
 static GRANULE: AtomicU32 = AtomicU32::new(Order::MAX.get());
 
-/// Draws the map of scratch, when the scratch areas are known.
+/// Draws the map, when the scratch areas are known and before any memory can be plugged in.
 #[link_section = ".init.text"]
-pub(crate) fn map_scratch() {
+pub(crate) fn draw_map() {
     // SAFETY: The number is known by the time there is memory to preserve.
     let frames = unsafe { bindings::max_pfn } as u64;
     // 64 granules cover all of RAM; what is plugged in later shares bits with it.
     let granule = u64::BITS.wrapping_sub((frames >> 6).leading_zeros());
+    GRANULE.store(granule, Ordering::Relaxed);
     let mut map = 0u64;
     for area in scratch().iter().filter(|area| area.size > 0) {
-        let granule_of = |phys: u64| (phys >> PAGE_SHIFT).wrapping_shr(granule);
-        let first = granule_of(area.addr);
-        let last = granule_of(area.addr.saturating_add(area.size.wrapping_sub(1)));
-        for n in first..=last.min(first.wrapping_add(63)) {
-            map |= 1u64.wrapping_shl(n as u32);
-        }
+        map |= Frames::covering(area.addr, area.size).map_or(u64::MAX, granules);
     }
-    GRANULE.store(granule, Ordering::Relaxed);
-    SCRATCH_MAP.store(map, Ordering::Relaxed);
+    REFUSED_MAP.store(map, Ordering::Relaxed);
+    // SAFETY: Called once, while booting.
+    unsafe { bindings::kho_glue_watch_memory() };
 }
 
-/// Returns whether `block` may be in a scratch area, quickly: no is right, yes need not be.
+/// Returns the bits that the map has for `frames`.
+fn granules(frames: Frames) -> u64 {
+    let granule = GRANULE.load(Ordering::Relaxed);
+    let first = frames.start().wrapping_shr(granule);
+    let last = frames.end().wrapping_sub(1).wrapping_shr(granule);
+    let mut map = 0u64;
+    for n in first..=last.min(first.wrapping_add(63)) {
+        map |= 1u64.wrapping_shl(n as u32);
+    }
+    map
+}
+
+/// Returns whether `block` may have to be refused, quickly: no is right, yes need not be.
 #[inline(always)]
-pub(crate) fn near_scratch(block: Block) -> bool {
+pub(crate) fn may_be_refused(block: Block) -> bool {
     let granule = GRANULE.load(Ordering::Relaxed);
     // A block that is no larger than a granule lies in one, as it is aligned to its size.
     let n = block.pfn().get().wrapping_shr(granule);
     block.order().get() > granule
-        || SCRATCH_MAP.load(Ordering::Relaxed).wrapping_shr(n as u32) & 1 != 0
+        || REFUSED_MAP.load(Ordering::Relaxed).wrapping_shr(n as u32) & 1 != 0
 }
 
 /// An FDT in memory.

@@ -332,11 +332,11 @@ mod pages {
                 let block = Pfn::from_phys(area.addr + offset)
                     .and_then(|pfn| Block::new(pfn, Order::ZERO))
                     .ok_or(EINVAL)?;
-                assert!(kho_sys::near_scratch(block));
+                assert!(kho_sys::may_be_refused(block));
                 assert!(kho_sys::in_scratch(area.addr + offset, pages));
                 // A larger block that starts in memory before the area, or in it.
                 let large = block.enclosing(Order::new(15).ok_or(EINVAL)?);
-                assert!(kho_sys::near_scratch(large));
+                assert!(kho_sys::may_be_refused(large));
             }
             // SAFETY: Always safe to call.
             assert!(unsafe { crate::kho_scratch_overlap(area.addr, 1) });
@@ -347,7 +347,7 @@ mod pages {
         let blocks = (0..64u64).filter_map(|n| Block::new(Pfn::new(frames * n / 64)?, Order::ZERO));
         assert!(
             blocks
-                .filter(|block| !kho_sys::near_scratch(*block))
+                .filter(|block| !kho_sys::may_be_refused(*block))
                 .count()
                 > 16
         );
