@@ -8,11 +8,13 @@ CACHE ?=
 MEM ?= 2G
 FILES ?=
 OUT ?=
+TARBALL ?=
+SHA256 ?=
 ARCHS ?=
 COMPILERS ?=
 CONFIGS ?=
 WORKLOADS ?=
-export KDIR LLVM ARCH MEM FILES ARCHS COMPILERS CONFIGS WORKLOADS
+export KDIR LLVM ARCH MEM FILES OUT TARBALL SHA256 ARCHS COMPILERS CONFIGS WORKLOADS
 ifneq ($(CACHE),)
 export CACHE
 endif
@@ -21,7 +23,8 @@ endif
 
 help:
 	@echo 'make run        build a kernel and hand real data over to it by kexec'
-	@echo '                  FILES="a b"  the files to carry (default: the kernel, README.md)'
+	@echo '                  FILES="a b"  the files to carry (default: the kernel, README.md);'
+	@echo '                               names with spaces are quoted, as in a shell'
 	@echo '                  MEM=2G       memory of the guest'
 	@echo 'make test       everything: host tests, KUnit, kexec tests, checks'
 	@echo 'make bench      measure C and Rust in guests, and the tree on the host:'
@@ -34,32 +37,22 @@ help:
 	@echo 'make kernel     build the kernel only'
 	@echo 'make install    put the implementation into the tree KDIR'
 	@echo 'make uninstall  take it out of KDIR again'
-	@echo 'make clean      remove the cache: build root, source and builds'
+	@echo 'make clean      remove the cache: build root, source and builds; not results'
 	@echo
-	@echo 'KDIR=<tree>     your own Linux 7.3 tree (default: fetched into the cache)'
+	@echo 'KDIR=<tree>     your own Linux 7.3 tree, which is copied (default: a package of'
+	@echo '                Debian); only install and uninstall change it'
+	@echo 'TARBALL=<file> SHA256=<sum>  a release of Linux 7.3 that you have fetched'
 	@echo 'LLVM=1          build with clang and lld instead of gcc'
 	@echo 'ARCH=arm64      build for arm64 instead of x86_64 (kernel only)'
 	@echo 'CACHE=<dir>     where everything is built (default: ~/.cache/kho)'
 
-# What everything else needs: a toolchain and the kernel source, from which the
-# guests' programs are built in any case.
-prepare:
-	@scripts/root
-	@scripts/source
+# scripts/kho looks at the variables, takes the cache for itself and makes sure
+# that toolchain and source are there.
+prepare kernel run test bench-host:
+	@scripts/kho $@
 
-kernel: prepare
-	@scripts/kernel rust
-
-run: prepare
-	@test '$(ARCH)' = x86_64 || { echo 'kho: guests are x86_64 only' >&2; exit 1; }
-	@scripts/kernel rust
-	@KERNEL=$$(scripts/kernel --print rust) scripts/run
-
-test: prepare
-	@scripts/test
-
-bench: prepare
-	@scripts/bench $(if $(OUT),--out '$(OUT)')
+bench:
+	@scripts/kho bench $(if $(OUT),--out "$$OUT")
 
 bench-full: export ARCHS = x86_64 arm64
 bench-full: export COMPILERS = gcc llvm
@@ -67,15 +60,11 @@ bench-full: export CONFIGS = debug production
 bench-full: export WORKLOADS = all
 bench-full: bench
 
-bench-host:
-	@scripts/root
-	@scripts/bench-host
-
 install:
-	@scripts/overlay install '$(KDIR)'
+	@scripts/overlay install "$$KDIR"
 
 uninstall:
-	@scripts/overlay uninstall '$(KDIR)'
+	@scripts/overlay uninstall "$$KDIR"
 
 clean:
 	@scripts/clean

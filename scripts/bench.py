@@ -251,8 +251,8 @@ def versions():
         if not shutil.which(command[0]):
             return None
         return subprocess.check_output(command, text=True).splitlines()[0]
-    return {"linux": g.SRC.name.removeprefix("linux-"), "gcc": first("gcc", "--version"),
-            "clang": first("clang", "--version"), "rustc": first("rustc", "--version"), "qemu": first("qemu-system-x86_64", "--version")}
+    linux = re.findall(r"^(?:VERSION|PATCHLEVEL|SUBLEVEL) = (\d+)", (g.SRC / "Makefile").read_text(), re.M)
+    return {"linux": ".".join(linux), "gcc": first("gcc", "--version"), "clang": first("clang", "--version"), "rustc": first("rustc", "--version"), "qemu": first("qemu-system-x86_64", "--version")}
 
 
 # What the figures say.

@@ -19,7 +19,7 @@ from pathlib import Path
 
 TOP = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ["CACHE"])
-SRC = Path((CACHE / "source.path").read_text().strip())
+SRC = Path(os.environ["SRC"])
 GUEST = TOP / "scripts/guest"
 WORK = CACHE / "guest"
 # A busy host delivers a timer's interrupts too late for the kernel to find out how it is wired.

@@ -1,21 +1,89 @@
 # SPDX-License-Identifier: GPL-2.0
-# Shared by every script here; to be sourced.  Sets CACHE, TOP and the
-# functions that run a command in the build root.
+# Shared by every script here; to be sourced.  Checks the variables that the
+# scripts have in common; sets TOP, CACHE, SRC and TREE; has functions that take
+# the cache, and that run a command in the build root.
 # shellcheck shell=bash
 
 set -euo pipefail
 
-TOP=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-CACHE=${CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/kho}
-mkdir -p "$CACHE"
-CACHE=$(cd "$CACHE" && pwd)
-JOBS=${JOBS:-$(nproc)}
-export TOP CACHE JOBS
-
 say() { printf '[%6ds] %s\n' "$(($(date +%s) - ${KHO_T0:=$(date +%s)}))" "$*"; }
 die() { printf 'kho: %s\n' "$*" >&2; exit 1; }
 KHO_T0=${KHO_T0:-$(date +%s)}
-export KHO_T0
+
+TOP=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+CACHE=$(realpath -m -- "${CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/kho}")
+JOBS=${JOBS:-$(nproc)}
+[[ ! $CACHE =~ [^[:alnum:]_./,+@=~-] ]] ||
+	die "CACHE=$CACHE: the kernel's make takes letters, digits and _./,+@=~- only"
+[ ! -e "$CACHE" ] || [ -d "$CACHE" ] || die "CACHE=$CACHE is no directory"
+
+# version_of TREE: as 7.3.4; nothing if that is no kernel with kexec handover.
+version_of() {
+	[ ! -e "$1/kernel/liveupdate/kexec_handover.c" ] ||
+		sed -n '1,6s/^\(VERSION\|PATCHLEVEL\|SUBLEVEL\) = //p' "$1/Makefile" | paste -sd.
+}
+
+# SRC is the tree that is built: a copy of KDIR if that is given, else what
+# scripts/source fetched.  TREE is part of the names of what is made from it.
+TREE=
+if [ -n "${KDIR:-}" ]; then
+	[ -d "$KDIR" ] || die "KDIR=$KDIR is no directory"
+	KDIR=$(cd -- "$KDIR" && pwd -P)
+	[[ $(version_of "$KDIR") = 7.3.* ]] || die "KDIR=$KDIR is no tree of Linux 7.3.x"
+	[[ $CACHE/ != "$KDIR"/* ]] || die "CACHE=$CACHE is in KDIR=$KDIR, which is copied there"
+	TREE=-tree$(printf %s "$KDIR" | sha256sum | cut -c1-8)
+	SRC=$CACHE/linux$TREE
+	export KDIR
+else
+	SRC=$(cat "$CACHE/source.path" 2>/dev/null || :)
+fi
+case ${ARCH:-x86_64} in x86_64 | arm64) ;; *) die "ARCH=$ARCH: x86_64 or arm64" ;; esac
+case ${LLVM:-} in '' | 1) ;; *) die "LLVM=$LLVM: 1, or nothing for gcc" ;; esac
+export TOP CACHE JOBS SRC TREE KHO_T0
+
+# The cache has a marker, which lists the names of what was made in it, where
+# they are not always the same, and which is its lock.
+MARKER=$CACHE/.kho-cache
+FIXED=(kernels guest log deb unpack host-target bench bench-host.json root.path source.path)
+
+# is_ours: whether the cache was made here.  One of an older version has no
+# marker.  It names the tree or the root in it, and has nothing else in it.
+is_ours() {
+	local path names
+	[ ! -e "$MARKER" ] || return 0
+	path=$( (grep -hs "^$CACHE/" "$CACHE"/{source,root}.path || :) | head -n 1)
+	[ -n "$path" ] || return 1
+	[ -e "$path/.kho-package" ] || [ -e "$path/.complete" ] || return 1
+	names=$(find "$CACHE" -mindepth 1 -maxdepth 1 -printf '%f\n' | grep -vxF -f <(printf '%s\n' "${FIXED[@]}"))
+	! grep -qvE '^(linux|root|build)-' <<<"$names" || return 1
+	echo "$names" >"$MARKER"
+}
+
+# lock: makes the cache, if there is none, and waits until no other command uses
+# it.  Whoever waits gets the right result later, where an error would look like
+# a test that failed.  What a locked command calls has the lock as well.
+lock() {
+	[ "${KHO_LOCK:-}" != "$CACHE" ] || return 0
+	while :; do
+		mkdir -p "$CACHE"
+		is_ours || [ -z "$(ls -A "$CACHE")" ] || [ -e "$MARKER" ] ||
+			die "CACHE=$CACHE has files that were not made here: name a new directory or an empty one"
+		exec 9>>"$MARKER"
+		flock -n 9 || {
+			say "another command uses $CACHE: waiting for it"
+			flock 9
+		}
+		# It may have been "clean".
+		[ "$MARKER" -ef /dev/fd/9 ] && break
+	done
+	export KHO_LOCK=$CACHE
+}
+
+# made NAME: to be called before something is made in the cache, so that "clean"
+# removes it.
+made() {
+	grep -qxF "$1" "$MARKER" || echo "$1" >>"$MARKER"
+}
 
 # run_logged LOG CMD...: runs CMD with its output in LOG and one line of
 # progress on the terminal; on failure shows the end of LOG.
@@ -52,11 +120,33 @@ run_logged() {
 in_root() {
 	local root
 	root=$(cat "$CACHE/root.path" 2>/dev/null) || die "no build root: run scripts/root"
+	# A daemon that stays behind must not hold the lock.
 	if [ "$root" = / ]; then
-		"$@"
+		"$@" 9>&-
 		return
 	fi
 	local ns=(unshare --mount --pid --fork --kill-child)
 	[ "$(id -u)" = 0 ] || ns+=(--map-auto --map-root-user)
-	ROOT=$root HERE=$PWD "${ns[@]}" "$TOP/scripts/enter-root" "$@"
+	ROOT=$root HERE=$PWD "${ns[@]}" "$TOP/scripts/enter-root" "$@" 9>&-
+}
+
+# check NAME CMD...: one test, as KTAP; what CMD prints goes to $log.  The counts
+# are of a script's tests.
+number=0 failed=0
+check() {
+	local name=$1 status=0
+	shift
+	number=$((number + 1))
+	echo "== $name" >>"$log"
+	# Not in a condition: errexit would be off in the whole function.
+	set +e
+	(set -e; "$@") >>"$log" 2>&1
+	status=$?
+	set -e
+	if [ $status = 0 ]; then
+		echo "ok $number - $name"
+	else
+		failed=$((failed + 1))
+		echo "not ok $number - $name # log: $log"
+	fi
 }
