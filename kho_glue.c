@@ -294,6 +294,11 @@ phys_addr_t kho_glue_virt_to_phys(void *virt)
 	return virt_to_phys(virt);
 }
 
+bool kho_glue_virt_addr_valid(const void *virt)
+{
+	return virt_addr_valid(virt);
+}
+
 /* vmalloc */
 
 struct page **kho_glue_alloc_pages_array(unsigned long nr_pages)

@@ -92,6 +92,7 @@ struct folio *kho_glue_virt_to_folio(const void *mem);
 unsigned long kho_glue_direct_map(void);
 void *kho_glue_phys_to_virt(phys_addr_t phys);
 phys_addr_t kho_glue_virt_to_phys(void *virt);
+bool kho_glue_virt_addr_valid(const void *virt);
 
 /* vmalloc */
 struct page **kho_glue_alloc_pages_array(unsigned long nr_pages);

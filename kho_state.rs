@@ -133,20 +133,21 @@ fn hide(blob: *mut c_void) {
     }
 }
 
-/// Hands over `size` bytes at `blob` under `name`. Preserving them is the caller's task.
+/// Hands over `size` bytes at `blob` under `name`. Preserving them is the caller's task, before or
+/// after this.
 ///
 /// # Errors
 ///
-/// `EOPNOTSUPP` with KHO off, `EEXIST` if there is such a name, `EINVAL` for no blob, `ENOMEM` if
-/// the FDT is full.
+/// `EINVAL` if there are no bytes, or not all of them are RAM in the direct map; `EOPNOTSUPP` with
+/// KHO off, `EEXIST` if there is such a name, `ENOMEM` if the FDT is full; else as
+/// [`kho_pages::check_place`], as what cannot be preserved cannot be handed over.
 ///
 /// # Safety
 ///
-/// `name` must point to a string that ends with a NUL; `blob` must be in the direct map.
+/// `name` must point to a string that ends with a NUL.
 pub(crate) unsafe fn add_subtree(name: *const c_char, blob: *mut c_void, size: usize) -> Result {
-    if blob.is_null() {
-        return Err(EINVAL);
-    }
+    let frames = kho_sys::direct_frames(blob, size).ok_or(EINVAL)?;
+    kho_pages::check_place(frames)?;
     let record = Blob {
         phys: kho_sys::phys(blob),
         size: size as u64,
@@ -166,11 +167,12 @@ pub(crate) unsafe fn add_subtree(name: *const c_char, blob: *mut c_void, size: u
 
 /// Undoes [`add_subtree`]. With KHO off there is nothing to undo.
 pub(crate) fn remove_subtree(blob: *mut c_void) {
-    if blob.is_null() {
+    // Any byte of it would do: it is the address that counts.
+    let Some(phys) = kho_sys::direct_frames(blob, 1).map(|_| kho_sys::phys(blob)) else {
         return;
-    }
+    };
     if let Ok(mut fdt) = lock_fdt() {
-        if fdt.remove(kho_sys::phys(blob)) {
+        if fdt.remove(phys) {
             hide(blob);
             show_fdt(&fdt);
         }

@@ -381,6 +381,17 @@ pub(crate) fn is_online_ram(frames: Frames) -> bool {
     sum == frames.count() && rest.count() == 0
 }
 
+/// Returns the frames of the `size` bytes at `mem`, if there are any and all of them are RAM in the
+/// direct map.
+pub(crate) fn direct_frames(mem: *mut c_void, size: usize) -> Option<Frames> {
+    // SAFETY: Takes any address.
+    if !unsafe { bindings::kho_glue_virt_addr_valid(mem) } {
+        return None;
+    }
+    Frames::covering(phys(mem), size as u64)
+        .filter(|frames| frames.count() > 0 && is_online_ram(*frames))
+}
+
 /// Returns whether two frames are on the same NUMA node.
 #[inline(always)]
 pub(crate) fn one_node(first: u64, last: u64) -> bool {
