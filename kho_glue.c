@@ -351,9 +351,14 @@ static DEFINE_MUTEX(kho_prune_mutex);
 
 static DEFINE_PER_CPU(struct kho_glue_hints, kho_hints);
 
-/* Disables preemption; returns the CPU's hints. */
+/*
+ * Disables preemption; returns the CPU's hints.  Whoever comes here may have to
+ * wait for a prune or to allocate nodes, and must not be an interrupt that found
+ * this CPU with the hints in its hands.
+ */
 struct kho_glue_hints *kho_glue_enter(void)
 {
+	might_sleep();
 	preempt_disable();
 	return this_cpu_ptr(&kho_hints);
 }
