@@ -53,6 +53,7 @@ use kho_key::Key;
 use kho_radix::{
     Node,
     NodeAddr,
+    NodeMem,
     Removal,
     Step,
     Tree,
@@ -556,6 +557,12 @@ unsafe extern "C" fn kho_radix_del_key(tree: *mut bindings::kho_radix_tree, key:
 
 /// Initialises `tree` with the root node `root`, or with a new one if that is null.
 ///
+/// A caller that has taken nodes of a tree back, other than by `kho_radix_destroy_tree()`, must
+/// call this before the tree or its root is used again: only then is it certain that no CPU
+/// remembers where a leaf was.
+///
+/// May sleep if `root` is null, and be called in any context if not. Returns 0 or `-ENOMEM`.
+///
 /// # Safety
 ///
 /// `tree` must be writable; `root` must be null or the root of a sound tree.
@@ -572,6 +579,10 @@ unsafe extern "C" fn kho_radix_init_tree(
         };
         root = kho_sys::virt(new.root().get());
     }
+    // The page may have been the root of another tree, whose nodes its owner has taken back: no CPU
+    // may go where a leaf of that tree was.
+    // SAFETY: No node is looked at.
+    unsafe { Direct::new() }.forget();
     // SAFETY: By the caller's contract. The mutex is there for the caller: the tree needs none.
     unsafe {
         bindings::kho_glue_mutex_init(&raw mut (*tree).lock);
