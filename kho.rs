@@ -17,6 +17,28 @@
 //!
 //! The pure rooms use nothing but `core`, and are tested on the host, too.
 //!
+//! # What callers keep to
+//!
+//! A function that may sleep says so. It must not be called from an interrupt, with preemption
+//! disabled, with a spinlock held or inside an RCU read-side section; a kernel with
+//! `CONFIG_DEBUG_ATOMIC_SLEEP` tells of a caller that does. Mutexes may be held.
+//!
+//! Functions that preserve something return 0 or one of these errors, and preserve all of it or
+//! nothing:
+//!
+//! - `-EOPNOTSUPP`: KHO is off, or not up yet, which it is from the `fs_initcall` on.
+//! - `-EINVAL`: the arguments name no memory, or memory of which a part lies in a scratch area.
+//!   The next kernel boots in there; movable memory has to be pinned before it is preserved.
+//! - `-EADDRNOTAVAIL`: a part of the memory was plugged in after this kernel had booted. The next
+//!   one does not know of it when it takes over.
+//! - `-EEXIST`: exactly this block is preserved already. It stays so, and is for whoever preserved
+//!   it first to give up.
+//! - `-ENOMEM`: there is no memory for nodes of the tree.
+//!
+//! Memory that is preserved stays its owner's, who must keep it allocated and in place for as long
+//! as it is preserved. In the next kernel it belongs to nobody until it is restored, and then to
+//! the caller that restored it.
+//!
 //! C headers: [`include/linux/kexec_handover.h`](srctree/include/linux/kexec_handover.h),
 //! [`include/linux/kho_radix_tree.h`](srctree/include/linux/kho_radix_tree.h),
 //! [`kernel/kexec_internal.h`](srctree/kernel/kexec_internal.h).
@@ -105,35 +127,55 @@ fn errno(result: Result) -> c_int {
 
 // Whether, and with what.
 
+/// Returns whether KHO is on: by `kho=` or the configuration, and unless something failed.
+///
+/// May be called in any context. The answer is final after the `fs_initcall`s.
+///
+/// # Safety
+///
+/// Always safe to call.
+// Required to be unsafe due to the `#[export]` annotation.
 #[export]
-#[expect(
-    clippy::missing_safety_doc,
-    reason = "always safe to call; unsafe for `#[export]`"
-)]
 unsafe extern "C" fn kho_is_enabled() -> bool {
     kho_state::is_enabled()
 }
 
+/// Returns whether this kernel was handed something over and could take it.
+///
+/// May be called in any context. The answer is final after `mm_core_init()`; before
+/// `kho_populate()` it is no.
+///
+/// # Safety
+///
+/// Always safe to call.
+// Required to be unsafe due to the `#[export]` annotation.
 #[export]
-#[expect(
-    clippy::missing_safety_doc,
-    reason = "always safe to call; unsafe for `#[export]`"
-)]
 unsafe extern "C" fn is_kho_boot() -> bool {
     kho_state::handover().is_some()
 }
 
+/// Returns whether any of the `size` bytes at `phys` lies in a scratch area.
+///
+/// May be called in any context. Before `mm_core_init()` it is true of areas that were handed over
+/// only.
+///
+/// # Safety
+///
+/// Always safe to call.
+// Required to be unsafe due to the `#[export]` annotation.
 #[export]
-#[expect(
-    clippy::missing_safety_doc,
-    reason = "always safe to call; unsafe for `#[export]`"
-)]
 unsafe extern "C" fn kho_scratch_overlap(phys: u64, size: usize) -> bool {
     kho_sys::in_scratch(phys, size as u64)
 }
 
 // Preserving.
 
+/// Preserves a folio, and that it is one of this order.
+///
+/// It is restored with `kho_restore_folio()`, or given up with `kho_unpreserve_folio()`.
+///
+/// May sleep. Returns 0 or an error, see [above](crate).
+///
 /// # Safety
 ///
 /// `folio` must point to a folio that the caller keeps as it is until it is unpreserved.
@@ -147,6 +189,10 @@ unsafe extern "C" fn kho_preserve_folio(folio: *mut bindings::folio) -> c_int {
     })
 }
 
+/// Gives up a folio that `kho_preserve_folio()` has preserved.
+///
+/// May sleep. A folio that is not preserved gives a line in the log; with KHO off nothing happens.
+///
 /// # Safety
 ///
 /// `folio` must point to the folio, as it was when it was preserved.
@@ -158,6 +204,12 @@ unsafe extern "C" fn kho_unpreserve_folio(folio: *mut bindings::folio) {
     }
 }
 
+/// Preserves `nr_pages` adjacent pages as single ones, of which there may be none.
+///
+/// They are restored with `kho_restore_pages()`, or given up with `kho_unpreserve_pages()`.
+///
+/// May sleep. Returns 0 or an error, see [above](crate).
+///
 /// # Safety
 ///
 /// `page` must point to the first of `nr_pages` pages.
@@ -168,6 +220,10 @@ unsafe extern "C" fn kho_preserve_pages(page: *mut bindings::page, nr_pages: usi
     errno(frames.ok_or(EINVAL).and_then(kho_pages::preserve_frames))
 }
 
+/// Gives up pages that `kho_preserve_pages()` or `kho_preserve_phys()` has preserved.
+///
+/// May sleep. Pages that are not preserved give lines in the log; with KHO off nothing happens.
+///
 /// # Safety
 ///
 /// As [`kho_preserve_pages`], with the same arguments.
@@ -179,20 +235,32 @@ unsafe extern "C" fn kho_unpreserve_pages(page: *mut bindings::page, nr_pages: u
     }
 }
 
-/// Preserves `size` bytes of RAM at `phys`, as `kho_preserve_pages()` does the pages there: they
-/// are restored with `kho_restore_pages()`, or given up with `kho_unpreserve_pages()`.
+/// Preserves `size` bytes of RAM at `phys`, as `kho_preserve_pages()` does the pages there.
 ///
-/// Returns 0; `-EINVAL` unless both are multiples of `PAGE_SIZE` and `size` is not 0, or if part of
-/// it is no System RAM that is online, or in the first MiB on x86; else as `kho_preserve_pages()`.
+/// They are restored with `kho_restore_pages()`, or given up with `kho_unpreserve_pages()`.
+///
+/// May sleep. Returns 0 or an error, see [above](crate); also `-EINVAL` unless both are multiples
+/// of `PAGE_SIZE` and `size` is not 0, and if part of it is no System RAM that is online, or is in
+/// the first MiB on x86.
+///
+/// # Safety
+///
+/// Always safe to call.
+// Required to be unsafe due to the `#[export]` annotation.
 #[export]
-#[expect(
-    clippy::missing_safety_doc,
-    reason = "always safe to call; unsafe for `#[export]`"
-)]
 unsafe extern "C" fn kho_preserve_phys(phys: u64, size: usize) -> c_int {
     errno(kho_pages::preserve_phys(phys, size))
 }
 
+/// Preserves the area of `vmalloc()` at `ptr`, and writes what it takes to restore it to
+/// `preservation`, which may be unaligned. After an error nothing is written.
+///
+/// It is restored with `kho_restore_vmalloc()`, or given up with `kho_unpreserve_vmalloc()`; the
+/// next kernel gets what is in `preservation` from the caller.
+///
+/// May sleep. Returns 0 or an error, see [above](crate); also `-EINVAL` if there is no area, and
+/// `-EOPNOTSUPP` for one that has other flags than `vmalloc()` or `vmalloc_huge()` give it.
+///
 /// # Safety
 ///
 /// `preservation` must be writable.
@@ -208,6 +276,10 @@ unsafe extern "C" fn kho_preserve_vmalloc(
     }))
 }
 
+/// Gives up an area that `kho_preserve_vmalloc()` has preserved. The area itself stays.
+///
+/// May sleep.
+///
 /// # Safety
 ///
 /// `preservation` must be what `kho_preserve_vmalloc()` wrote, and not be used after this.
@@ -217,11 +289,20 @@ unsafe extern "C" fn kho_unpreserve_vmalloc(preservation: *mut bindings::kho_vma
     unsafe { kho_vmalloc::unpreserve(preservation.read_unaligned()) };
 }
 
+/// Allocates and preserves a folio of zeroes of at least `size` bytes, and returns its address.
+///
+/// The next kernel restores it with `kho_restore_folio()`, or frees it with `kho_restore_free()`;
+/// this one frees it with `kho_unpreserve_free()`.
+///
+/// May sleep. Returns an `ERR_PTR()` of an error, see [above](crate); also `-EINVAL` for no bytes,
+/// `-E2BIG` for more than the page allocator has in one piece, and `-ENOMEM` if there are none, or
+/// if only memory that was plugged in is free.
+///
+/// # Safety
+///
+/// Always safe to call.
+// Required to be unsafe due to the `#[export]` annotation.
 #[export]
-#[expect(
-    clippy::missing_safety_doc,
-    reason = "always safe to call; unsafe for `#[export]`"
-)]
 unsafe extern "C" fn kho_alloc_preserve(size: usize) -> *mut c_void {
     match kho_pages::alloc_preserve(size) {
         Ok(mem) => mem,
@@ -246,6 +327,10 @@ unsafe fn unpreserve_free(mem: *mut c_void) {
     }
 }
 
+/// Gives up and frees what `kho_alloc_preserve()` has returned. `NULL` is fine.
+///
+/// May sleep.
+///
 /// # Safety
 ///
 /// As [`unpreserve_free`].
@@ -257,25 +342,46 @@ unsafe extern "C" fn kho_unpreserve_free(mem: *mut c_void) {
 
 // Restoring.
 
+/// Restores a folio that the last kernel has preserved at `phys`, with its order.
+///
+/// May be called in any context from `early_initcall` on. Returns the folio, with one reference
+/// that is the caller's; `NULL` if no folio was preserved there or it has been restored, which
+/// gives a line in the log.
+///
+/// # Safety
+///
+/// Always safe to call.
+// Required to be unsafe due to the `#[export]` annotation.
 #[export]
-#[expect(
-    clippy::missing_safety_doc,
-    reason = "always safe to call; unsafe for `#[export]`"
-)]
 unsafe extern "C" fn kho_restore_folio(phys: u64) -> *mut bindings::folio {
     kho_pages::restore_folio(phys).unwrap_or(ptr::null_mut())
 }
 
+/// Restores `nr_pages` single pages that the last kernel has preserved from `phys` on, all of them
+/// or nothing.
+///
+/// May be called in any context from `early_initcall` on. Returns the first page, each with one
+/// reference that is the caller's; `NULL` if a part was not preserved or has been restored, if a
+/// block is cut by an end of the range, or for no pages. That gives a line in the log.
+///
+/// # Safety
+///
+/// Always safe to call.
+// Required to be unsafe due to the `#[export]` annotation.
 #[export]
-#[expect(
-    clippy::missing_safety_doc,
-    reason = "always safe to call; unsafe for `#[export]`"
-)]
 unsafe extern "C" fn kho_restore_pages(phys: u64, nr_pages: usize) -> *mut bindings::page {
     let frames = kho_key::Pfn::from_phys(phys).and_then(|pfn| Frames::new(pfn, nr_pages as u64));
     kho_pages::restore_frames(frames, phys).map_or(ptr::null_mut(), kho_sys::Page::as_ptr)
 }
 
+/// Maps an area that the last kernel has preserved, all of it or nothing.
+///
+/// `preservation`, which may be unaligned, is what `kho_preserve_vmalloc()` has written there. It
+/// need not be trusted.
+///
+/// May sleep. Returns the address of the area, which the caller frees with `vfree()`; `NULL` if it
+/// was not preserved as it says or there is no memory to map it.
+///
 /// # Safety
 ///
 /// `preservation` must be readable.
@@ -288,6 +394,10 @@ unsafe extern "C" fn kho_restore_vmalloc(
     kho_vmalloc::restore(preservation).unwrap_or(ptr::null_mut())
 }
 
+/// Restores and frees what the last kernel's `kho_alloc_preserve()` has returned. `NULL` is fine.
+///
+/// May be called in any context from `early_initcall` on. Warns if there is nothing to restore.
+///
 /// # Safety
 ///
 /// `mem` must be null or an address in the direct map.
@@ -307,24 +417,48 @@ unsafe extern "C" fn kho_restore_free(mem: *mut c_void) {
 
 // Subtrees.
 
+/// Hands over `size` bytes at `blob` under `name`, which `kho_retrieve_subtree()` finds in the next
+/// kernel.
+///
+/// To preserve them is the caller's task, before or after this: the next kernel ignores a subtree
+/// whose blob is not preserved as a whole.
+///
+/// May sleep. Returns 0; `-EINVAL` if there are no bytes, or if a part of them is no RAM in the
+/// direct map that is online, or lies in a scratch area; `-EADDRNOTAVAIL` if a part was plugged in
+/// after this kernel had booted; `-EOPNOTSUPP` with KHO off; `-EEXIST` if there is that name;
+/// `-ENOMEM` if the FDT is full, which has one page.
+///
 /// # Safety
 ///
-/// `name` must be a string that ends with a NUL, `blob` memory in the direct map.
+/// `name` must be a string that ends with a NUL.
 #[export]
 unsafe extern "C" fn kho_add_subtree(name: *const c_char, blob: *mut c_void, size: usize) -> c_int {
     // SAFETY: By the caller's contract.
     errno(unsafe { kho_state::add_subtree(name, blob, size) })
 }
 
+/// Takes the subtree back whose blob is at `blob`. If there is none, nothing happens.
+///
+/// May sleep.
+///
+/// # Safety
+///
+/// Always safe to call.
+// Required to be unsafe due to the `#[export]` annotation.
 #[export]
-#[expect(
-    clippy::missing_safety_doc,
-    reason = "always safe to call; unsafe for `#[export]`"
-)]
 unsafe extern "C" fn kho_remove_subtree(blob: *mut c_void) {
     kho_state::remove_subtree(blob);
 }
 
+/// Finds the blob that the last kernel has handed over under `name`, and writes where it is to
+/// `phys` and its size to `size`, unless that is null.
+///
+/// The memory is preserved, and can be read; it is the caller's to restore.
+///
+/// May be called in any context from `mm_core_init()` on, `early_param()`s excepted. Returns 0;
+/// `-ENOENT` if nothing was handed over or nothing under this name; `-EINVAL` if `phys` is null or
+/// the entry is broken.
+///
 /// # Safety
 ///
 /// `name` must be a string that ends with a NUL; `phys` and `size` must be null or writable.
@@ -353,12 +487,13 @@ unsafe extern "C" fn kho_retrieve_subtree(
 
 // Booting.
 
+/// Looks at what was handed over, and has memblock allocate from scratch only.
+///
+/// # Safety
+///
+/// Called once, from `setup_arch()`.
 #[export]
 #[link_section = ".init.text"]
-#[expect(
-    clippy::missing_safety_doc,
-    reason = "called once, from `setup_arch()`"
-)]
 unsafe extern "C" fn kho_populate(
     fdt_phys: u64,
     fdt_len: u64,
@@ -368,46 +503,52 @@ unsafe extern "C" fn kho_populate(
     kho_memblock::populate(fdt_phys, fdt_len, scratch_phys, scratch_len);
 }
 
+/// Checks what was handed over, and gives memblock more memory to allocate from.
+///
+/// # Safety
+///
+/// Called once, from `mm_core_init_early()`.
 #[export]
 #[link_section = ".init.text"]
-#[expect(
-    clippy::missing_safety_doc,
-    reason = "called once, from `mm_core_init_early()`"
-)]
 unsafe extern "C" fn kho_memory_init_early() {
     kho_memblock::init_early();
 }
 
+/// Keeps preserved memory from the page allocator, or reserves scratch on a cold boot.
+///
+/// # Safety
+///
+/// Called once, from `mm_core_init()`.
 #[export]
 #[link_section = ".init.text"]
-#[expect(
-    clippy::missing_safety_doc,
-    reason = "called once, from `mm_core_init()`"
-)]
 unsafe extern "C" fn kho_memory_init() {
     kho_memblock::init();
 }
 
+/// Gives back what lies between preserved memory, as far as that cannot wait.
+///
+/// # Safety
+///
+/// Called once, from `mm_core_init()`.
 #[export]
 #[link_section = ".init.text"]
-#[expect(
-    clippy::missing_safety_doc,
-    reason = "called once, from `mm_core_init()`"
-)]
 unsafe extern "C" fn kho_memory_init_free() {
     kho_withheld::init_free();
 }
 
+/// Gives back the rest of it.
+///
+/// # Safety
+///
+/// Called once, from `page_alloc_init_late()`.
 #[export]
 #[link_section = ".init.text"]
-#[expect(
-    clippy::missing_safety_doc,
-    reason = "called once, from `page_alloc_init_late()`"
-)]
 unsafe extern "C" fn kho_memory_init_late() {
     kho_withheld::init_late();
 }
 
+/// Reads `kho=`.
+///
 /// # Safety
 ///
 /// `arg` must be null or a string that ends with a NUL.
@@ -423,6 +564,8 @@ unsafe extern "C" fn kho_rs_parse_enable(arg: *mut c_char) -> c_int {
     error
 }
 
+/// Reads `kho_scratch=`.
+///
 /// # Safety
 ///
 /// `arg` must be null or a string that ends with a NUL.
@@ -461,24 +604,35 @@ unsafe extern "C" fn kho_rs_plug(pfn: usize, nr_pages: usize) {
     }
 }
 
+/// Makes what this kernel hands over: the tree and the FDT.
+///
+/// # Safety
+///
+/// Called once, as an `fs_initcall`.
 #[export]
 #[link_section = ".init.text"]
-#[expect(clippy::missing_safety_doc, reason = "called once, as an initcall")]
 unsafe extern "C" fn kho_rs_init() -> c_int {
     errno(kho_state::init())
 }
 
+/// Frees the nodes of the outgoing tree that have become empty. May sleep.
+///
+/// # Safety
+///
+/// Always safe to call.
+// Required to be unsafe due to the `#[export]` annotation.
 #[export]
-#[expect(
-    clippy::missing_safety_doc,
-    reason = "always safe to call; unsafe for `#[export]`"
-)]
 unsafe extern "C" fn kho_rs_prune() {
     kho_state::prune();
 }
 
 // Loading the next kernel.
 
+/// Has an image take along where the FDT and the scratch areas are.
+///
+/// May sleep. Returns 0; `-EAGAIN` if KHO is on, but not up yet; else what adding a segment to the
+/// image returns.
+///
 /// # Safety
 ///
 /// `image` must point to an image that is being loaded.
@@ -488,7 +642,10 @@ unsafe extern "C" fn kho_fill_kimage(image: *mut bindings::kimage) -> c_int {
     errno(unsafe { kho_kexec::fill_image(image) })
 }
 
-/// Returns 1 if the segment may lie anywhere.
+/// Finds a place in scratch for a segment of an image.
+///
+/// May sleep. Returns 0; 1 if the segment may lie anywhere; `-EADDRNOTAVAIL` if there is no room;
+/// else what `func` returns.
 ///
 /// # Safety
 ///
@@ -527,6 +684,12 @@ unsafe fn radix(tree: *const bindings::kho_radix_tree) -> Option<Tree<Direct>> {
     Some(Tree::from_root(unsafe { Direct::new() }, root))
 }
 
+/// Adds `key` to a tree. To add a key that is there is no error.
+///
+/// May sleep. Several callers may add and delete keys at once, without a lock. Returns 0; `-ERANGE`
+/// for a key that is wider than `KHO_RADIX_KEY_WIDTH`; `-ENOMEM`; `-EINVAL` for a tree that was not
+/// initialised.
+///
 /// # Safety
 ///
 /// As [`radix`].
@@ -542,6 +705,11 @@ unsafe extern "C" fn kho_radix_add_key(tree: *mut bindings::kho_radix_tree, key:
     }))
 }
 
+/// Deletes `key` from a tree. A key that is not there gives a line in the log.
+///
+/// May sleep. Nodes stay, also those that become empty. Several callers may add and delete keys at
+/// once, without a lock.
+///
 /// # Safety
 ///
 /// As [`radix`].
@@ -591,6 +759,10 @@ unsafe extern "C" fn kho_radix_init_tree(
     0
 }
 
+/// Frees all nodes of a tree, the root too. If it has none, nothing happens.
+///
+/// May be called in any context. All nodes must come from the page allocator, each one page.
+///
 /// # Safety
 ///
 /// As [`radix`]; nobody may be using the tree.
@@ -607,6 +779,12 @@ unsafe extern "C" fn kho_radix_destroy_tree(tree: *mut bindings::kho_radix_tree)
     }
 }
 
+/// Shows all keys of a tree, and all of its nodes, to the callbacks, until one returns something
+/// else than 0, which is then returned.
+///
+/// May be called in any context that the callbacks may be; no lock is held. They may use the tree.
+/// Returns 0 at the end, `-EINVAL` for a tree that was not initialised.
+///
 /// # Safety
 ///
 /// As [`radix`]; the callbacks must be safe to call with what they are documented to get and
