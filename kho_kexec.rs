@@ -3,7 +3,11 @@
 //! What `kexec_file_load()` needs of KHO, and the note that each kernel leaves for the next one.
 
 use super::kho_pages;
-use super::kho_range;
+use super::kho_range::{
+    self,
+    Attempts,
+    Shortage, //
+};
 use super::kho_state;
 use super::kho_sys;
 use core::mem::size_of;
@@ -78,6 +82,11 @@ pub(crate) unsafe fn locate_hole(
     if !kho_state::is_enabled() || is_crash {
         return None;
     }
+    // SAFETY: By the caller's contract.
+    if unsafe { is_kernel(&*buffer) && (*buffer).buf_min == 0 } {
+        // SAFETY: See the static.
+        unsafe { ATTEMPTS = Attempts::NONE };
+    }
     for area in kho_sys::scratch() {
         if area.size == 0 {
             continue;
@@ -99,7 +108,22 @@ pub(crate) unsafe fn locate_hole(
     Some(Err(EADDRNOTAVAIL))
 }
 
-/// Says by how much scratch is too small for a segment.
+/// What has been short while an image is being loaded.
+// The lock of kexec is held whenever an image is being loaded.
+static mut ATTEMPTS: Attempts = Attempts::NONE;
+
+/// Returns whether a segment is the kernel, which arm64's loader tries to place again and again.
+///
+/// # Safety
+///
+/// `buffer` must be of an image that is being loaded.
+unsafe fn is_kernel(buffer: &bindings::kexec_buf) -> bool {
+    // SAFETY: By the caller's contract.
+    let kernel = unsafe { (*buffer.image).kernel_buf };
+    cfg!(CONFIG_ARM64) && buffer.buffer == kernel
+}
+
+/// Says by how much scratch is too small for a segment, if the image is not loaded for it.
 ///
 /// # Safety
 ///
@@ -109,22 +133,42 @@ unsafe fn complain(buffer: &bindings::kexec_buf) {
     // SAFETY: By the caller's contract.
     let image = unsafe { &*buffer.image };
     let placed = image.segment.iter().take(image.nr_segments);
+    // SAFETY: An address, however it is read.
+    let is_kernel_placed = placed
+        .clone()
+        .any(|segment| unsafe { segment.__bindgen_anon_1.kbuf } == image.kernel_buf);
     let placed = placed.map(|segment| (segment.mem as u64, segment.memsz as u64));
-    let mut largest = 0;
+    let mut hole = 0;
     for area in kho_sys::scratch() {
         let start = area.addr.max(buffer.buf_min as u64);
         let end = area.addr.saturating_add(area.size);
         let end = end.min((buffer.buf_max as u64).saturating_add(1));
-        let hole = kho_range::largest_hole(start, end, buffer.buf_align as u64, placed.clone());
-        largest = hole.max(largest);
+        let free = kho_range::largest_hole(start, end, buffer.buf_align as u64, placed.clone());
+        hole = free.max(hole);
     }
+    let shortage = Shortage {
+        size: buffer.memsz as u64,
+        hole,
+    };
+    // SAFETY: See the static.
+    let attempts = unsafe { &mut *(&raw mut ATTEMPTS) };
+    // SAFETY: By the caller's contract.
+    let shortage = if unsafe { is_kernel(buffer) } {
+        attempts.end(shortage, buffer.buf_min == 0)
+    } else if cfg!(CONFIG_ARM64) && is_kernel_placed {
+        attempts.note(shortage);
+        None
+    } else {
+        Some(shortage)
+    };
+    let Some(shortage) = shortage else { return };
     // Segments are made of pages, and so are holes.
-    let size = buffer.memsz as u64 >> 10;
-    let largest = largest >> 10;
-    let missing = size.saturating_sub(largest);
     pr_err!(
-        "no room in scratch for a segment of {size} KiB: the largest free piece has {largest} KiB; \
-         boot with a kho_scratch= that is larger by {missing} KiB\n"
+        "no room in scratch for a segment of {} KiB: the largest free piece has {} KiB; \
+         boot with a kho_scratch= that is larger by {} KiB\n",
+        shortage.size >> 10,
+        shortage.hole >> 10,
+        shortage.missing() >> 10
     );
 }
 

@@ -242,3 +242,46 @@ pub(crate) fn largest_hole(
     }
     largest
 }
+
+/// A segment of an image for which no hole in scratch was large enough.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Shortage {
+    /// The size of the segment.
+    pub(crate) size: u64,
+    /// The size of the largest hole.
+    pub(crate) hole: u64,
+}
+
+impl Shortage {
+    /// Returns how much larger a hole would have to be.
+    pub(crate) fn missing(self) -> u64 {
+        self.size.saturating_sub(self.hole)
+    }
+}
+
+/// What has been short while a loader tries one place for the kernel after the other, because the
+/// other segments have to go behind it. Only when there is no further place the image is not loaded.
+pub(crate) struct Attempts(Option<Shortage>);
+
+impl Attempts {
+    pub(crate) const NONE: Self = Self(None);
+
+    /// Notes that another segment has found no place, with the kernel where it is now.
+    pub(crate) fn note(&mut self, shortage: Shortage) {
+        // The attempt that was closest counts.
+        let closer = |noted: &Shortage| noted.missing() <= shortage.missing();
+        self.0 = self.0.filter(closer).or(Some(shortage));
+    }
+
+    /// Returns what to say when there is no further place for the kernel: that there is no place at
+    /// all for it, or which other segment has found none. If that is nothing, something else was
+    /// wrong.
+    pub(crate) fn end(&mut self, kernel: Shortage, first: bool) -> Option<Shortage> {
+        let noted = self.0.take();
+        if first {
+            Some(kernel)
+        } else {
+            noted
+        }
+    }
+}
