@@ -45,7 +45,13 @@
 //!
 //! Reference: <https://docs.kernel.org/core-api/kho/index.html>
 
-use core::ptr;
+use core::{
+    ptr,
+    sync::atomic::{
+        AtomicBool,
+        Ordering, //
+    },
+};
 use kernel::{
     bindings,
     prelude::*,
@@ -403,6 +409,7 @@ unsafe extern "C" fn kho_restore_vmalloc(
 /// `mem` must be null or an address in the direct map.
 #[export]
 unsafe extern "C" fn kho_restore_free(mem: *mut c_void) {
+    static WARNED: AtomicBool = AtomicBool::new(false);
     if mem.is_null() {
         return;
     }
@@ -410,7 +417,10 @@ unsafe extern "C" fn kho_restore_free(mem: *mut c_void) {
         // SAFETY: The folio was just made, with one reference.
         Some(folio) => unsafe { bindings::kho_glue_folio_put(folio) },
         None => {
-            warn_on!(true);
+            // Which memory it was is in the log already.
+            if !WARNED.swap(true, Ordering::Relaxed) {
+                warn_on!(true);
+            }
         }
     }
 }
@@ -586,6 +596,10 @@ unsafe extern "C" fn kho_rs_parse_scratch(arg: *mut c_char) -> c_int {
 #[export]
 #[link_section = ".init.text"]
 unsafe extern "C" fn kho_rs_map() -> c_int {
+    if kho_state::is_enabled() {
+        // The map has what is left of scratch.
+        kho_scratch::cut();
+    }
     kho_sys::draw_map();
     0
 }
@@ -612,6 +626,8 @@ unsafe extern "C" fn kho_rs_plug(pfn: usize, nr_pages: usize) {
 #[export]
 #[link_section = ".init.text"]
 unsafe extern "C" fn kho_rs_init() -> c_int {
+    // For what came before there were work queues.
+    kho_sys::schedule_summary();
     errno(kho_state::init())
 }
 
@@ -624,6 +640,16 @@ unsafe extern "C" fn kho_rs_init() -> c_int {
 #[export]
 unsafe extern "C" fn kho_rs_prune() {
     kho_state::prune();
+}
+
+/// Says how often what was complained of has come up again.
+///
+/// # Safety
+///
+/// Called from one work item.
+#[export]
+unsafe extern "C" fn kho_rs_sum_up() {
+    kho_sys::sum_up();
 }
 
 // Loading the next kernel.
@@ -718,7 +744,7 @@ unsafe extern "C" fn kho_radix_del_key(tree: *mut bindings::kho_radix_tree, key:
     // SAFETY: By the caller's contract.
     if let (Some(tree), Some(key)) = (unsafe { radix(tree) }, Key::new(key as u64)) {
         if tree.remove(key) == Removal::Absent {
-            kho_sys::complain("deleting a key that is not in the tree", key.get());
+            kho_sys::complain(kho_sys::Complaint::NoKey, key.get());
         }
     }
 }

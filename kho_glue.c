@@ -420,6 +420,20 @@ void __init kho_glue_watch_memory(void)
 	hotplug_memory_notifier(kho_memory_notify, DEFAULT_CALLBACK_PRI);
 }
 
+static void kho_sum_up(struct work_struct *work)
+{
+	kho_rs_sum_up();
+}
+
+static DECLARE_DELAYED_WORK(kho_summary_work, kho_sum_up);
+
+void kho_glue_schedule_summary(void)
+{
+	/* Work queues and timers are there when other tasks can run. */
+	if (system_state >= SYSTEM_SCHEDULING)
+		schedule_delayed_work(&kho_summary_work, HZ);
+}
+
 phys_addr_t kho_glue_low_limit(void)
 {
 	return ARCH_LOW_ADDRESS_LIMIT;

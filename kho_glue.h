@@ -21,6 +21,10 @@
 
 #include <asm/early_ioremap.h>
 
+#ifdef CONFIG_KEXEC_HANDOVER_RUST_KUNIT_TEST
+#include <linux/kmsg_dump.h>
+#endif
+
 #include "../../../mm/mm_init.h"
 #include "../../../mm/vmalloc.h"
 #include "../../kexec_internal.h"
@@ -111,6 +115,7 @@ void kho_glue_lock_prune(void);
 void kho_glue_unlock_prune(void);
 void kho_glue_schedule_prune(void);
 void kho_glue_watch_memory(void);
+void kho_glue_schedule_summary(void);
 phys_addr_t kho_glue_low_limit(void);
 int kho_glue_next_memory_node(int nid);
 bool kho_glue_is_kdump_kernel(void);
@@ -131,5 +136,6 @@ int kho_rs_map(void);
 int kho_rs_init(void);
 void kho_rs_plug(unsigned long pfn, unsigned long nr_pages);
 void kho_rs_prune(void);
+void kho_rs_sum_up(void);
 
 #endif /* KHO_GLUE_H */

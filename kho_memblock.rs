@@ -325,7 +325,6 @@ pub(crate) fn init() {
     }
     if !INHERITED.load(Ordering::Relaxed) {
         if kho_state::is_enabled() && kho_scratch::reserve().is_err() {
-            pr_warn!("Failed to reserve scratch area, disabling kexec handover\n");
             kho_state::set_enabled(false);
         }
         return;
@@ -373,10 +372,7 @@ fn take_over(takeover: Takeover) -> Result<(), Refusal> {
         );
     }
     if let Some(pfn) = census.overlap {
-        kho_sys::complain(
-            "memory was preserved twice, only the larger block can be restored",
-            pfn << PAGE_SHIFT,
-        );
+        kho_sys::complain(kho_sys::Complaint::Twice, pfn << PAGE_SHIFT);
     }
     let mut blocks = 0u64;
     for (order, count) in census.orders() {

@@ -27,6 +27,7 @@ use super::kho_range::Frames;
 use super::kho_state;
 use super::kho_sys::{
     self,
+    Complaint,
     Mark,
     Page, //
 };
@@ -46,14 +47,11 @@ use kernel::{
 #[inline(never)]
 pub(crate) fn check_place(frames: Frames) -> Result {
     if kho_sys::in_scratch(frames.phys(), frames.bytes()) {
-        kho_sys::complain("memory in scratch cannot be preserved", frames.phys());
+        kho_sys::complain(Complaint::InScratch, frames.phys());
         return Err(EINVAL);
     }
     if kho_sys::is_plugged(frames) {
-        kho_sys::complain(
-            "memory that was plugged in cannot be preserved",
-            frames.phys(),
-        );
+        kho_sys::complain(Complaint::Plugged, frames.phys());
         return Err(EADDRNOTAVAIL);
     }
     Ok(())
@@ -157,7 +155,7 @@ fn unpreserve_blocks(frames: Frames) {
 #[cold]
 fn complain_absent(key: Key) {
     let phys = key.block().map_or(0, |block| block.pfn().phys());
-    kho_sys::complain("unpreserving what is not preserved", phys);
+    kho_sys::complain(Complaint::NotPreserved, phys);
 }
 
 /// Memory below this is used by each kernel that boots on x86, whatever was preserved there
@@ -179,9 +177,6 @@ pub(crate) fn preserve_phys(phys: u64, size: usize) -> Result {
     preserve_frames(frames)
 }
 
-/// What is said when something cannot be restored.
-const NOTHING: &str = "nothing to restore: not preserved, or restored already";
-
 /// Restores a folio with the order it was preserved with; the caller has the only reference.
 /// [`None`] if none was preserved at `phys` or it has been restored.
 #[inline(always)]
@@ -195,7 +190,7 @@ pub(crate) fn restore_folio(phys: u64) -> Option<*mut bindings::folio> {
             return Some(folio);
         }
     }
-    kho_sys::complain(NOTHING, phys);
+    kho_sys::complain(Complaint::NothingToRestore, phys);
     None
 }
 
@@ -281,7 +276,7 @@ fn walk(frames: Frames, mark: Mark, mut each: impl FnMut(Page, Order) -> bool) -
 pub(crate) fn restore_frames(frames: Option<Frames>, phys: u64) -> Option<Page> {
     let claimed = frames.and_then(|frames| Some((claim(frames)?, frames)));
     let Some((page, frames)) = claimed else {
-        kho_sys::complain(NOTHING, phys);
+        kho_sys::complain(Complaint::NothingToRestore, phys);
         return None;
     };
     take(frames);

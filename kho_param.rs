@@ -6,6 +6,9 @@
 //!
 //! - `kho_scratch=N%`: in proportion to what early boot has allocated;
 //! - `kho_scratch=LOWMEM,GLOBAL,PERNODE`: sizes in bytes, with K, M, G, T, P or E behind them.
+//!
+//! What `reserve_mem=` has asked for matters as well: the next kernel finds those regions where they
+//! are, and does not allocate them again.
 
 /// How large the scratch areas are to be.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -30,20 +33,24 @@ impl Scratch {
     /// Parses the value of the parameter. [`None`] means that it is in neither form.
     #[link_section = ".init.text"]
     pub(crate) fn parse(text: &[u8]) -> Option<Self> {
-        let (first, rest) = number(text)?;
-        if let [b'%'] = rest {
-            // In decimal only: in C a leading 0 means nothing here, but in a size it does.
-            let decimal = !matches!(text, [b'0', ..]);
-            let percent = u32::try_from(first).ok()?;
-            return (decimal && percent != 0).then_some(Self::Scale(percent));
+        if let [percent @ .., b'%'] = text {
+            // As kstrtouint() takes it: decimal, whatever it starts with, and there may be a plus.
+            let percent = match percent {
+                [b'+', percent @ ..] => percent,
+                percent => percent,
+            };
+            let (percent, rest) = digits(percent, 10)?;
+            let percent = u32::try_from(percent).ok()?;
+            return (rest.is_empty() && percent != 0).then_some(Self::Scale(percent));
         }
-        let (lowmem, rest) = unit(first, rest)?;
+        let (lowmem, rest) = size(text)?;
         let [b',', rest @ ..] = rest else { return None };
         let (global, rest) = size(rest)?;
         let [b',', rest @ ..] = rest else { return None };
         let (pernode, rest) = size(rest)?;
-        let any = lowmem | global | pernode != 0;
-        (rest.is_empty() && any).then_some(Self::Sizes {
+        // No machine has memory for a sum that does not fit in 64 bits.
+        let sum = lowmem.checked_add(global)?.checked_add(pernode)?;
+        (rest.is_empty() && sum != 0).then_some(Self::Sizes {
             lowmem,
             global,
             pernode,
@@ -52,12 +59,124 @@ impl Scratch {
 }
 
 /// What early boot has allocated, on one node or on all of them.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Used {
     /// In low memory.
     pub(crate) low: u64,
     /// Anywhere.
     pub(crate) all: u64,
+}
+
+impl Used {
+    /// Returns what is left when `size` bytes at `start`, which were allocated as well, do not
+    /// count. Low memory ends at `low_limit`.
+    #[link_section = ".init.text"]
+    pub(crate) fn without(self, start: u64, size: u64, low_limit: u64) -> Self {
+        Self {
+            low: self
+                .low
+                .saturating_sub(size.min(low_limit.saturating_sub(start))),
+            all: self.all.saturating_sub(size),
+        }
+    }
+}
+
+/// Less than this is never left to a kernel beside scratch.
+const LEAST_LEFT: u64 = 64 << 20;
+
+/// Returns how much memory has to be left that is neither scratch nor in use already, given what
+/// early boot has allocated: a kernel that took so much to boot takes as much again to do anything.
+#[link_section = ".init.text"]
+pub(crate) fn floor(used: Used) -> u64 {
+    used.all.max(LEAST_LEFT)
+}
+
+/// Returns the two parts of a scratch area, each as start and end, that are left in front of a
+/// region and behind it. They begin and end at multiples of `align`, a power of two, if the area
+/// does; what is empty ends where it starts.
+#[link_section = ".init.text"]
+pub(crate) fn cut(area: (u64, u64), region: (u64, u64), align: u64) -> [(u64, u64); 2] {
+    let (start, end) = area;
+    if region.0 >= end || region.1 <= start || region.0 >= region.1 {
+        return [area, (end, end)];
+    }
+    let front = region.0 & !align.wrapping_sub(1);
+    let behind = round_up(region.1, align).unwrap_or(u64::MAX);
+    [
+        (start, front.clamp(start, end)),
+        (behind.clamp(start, end), end),
+    ]
+}
+
+/// The parameters of a command line, cut where the kernel cuts them: at space that is not within
+/// quotes.
+#[derive(Clone)]
+struct Parameters<'a>(&'a [u8]);
+
+impl<'a> Iterator for Parameters<'a> {
+    type Item = &'a [u8];
+
+    fn next(&mut self) -> Option<&'a [u8]> {
+        let mut rest = self.0;
+        while let [b' ' | b'\t' | b'\n' | 0x0b..=b'\r' | 0xa0, tail @ ..] = rest {
+            rest = tail;
+        }
+        let mut quoted = false;
+        let end = rest.iter().position(|byte| {
+            quoted ^= *byte == b'"';
+            !quoted && matches!(byte, b' ' | b'\t' | b'\n' | 0x0b..=b'\r' | 0xa0)
+        });
+        let (parameter, rest) = match end {
+            Some(end) => rest.split_at_checked(end)?,
+            None => (rest, &[][..]),
+        };
+        self.0 = rest;
+        // What follows is for init.
+        (!parameter.is_empty() && parameter != b"--").then_some(parameter)
+    }
+}
+
+/// Returns the name of the region that a parameter has asked for, if it is `reserve_mem=`.
+fn region_name(parameter: &[u8]) -> Option<&[u8]> {
+    const NAME: &[u8] = b"reserve_mem=";
+    // All of it may be in quotes, or its value.
+    let parameter = unquoted(parameter);
+    let (name, value) = parameter.split_at_checked(NAME.len())?;
+    // The kernel does not tell a dash from an underscore in names.
+    let same = |(a, b): (&u8, &u8)| a == b || (*a == b'-' && *b == b'_');
+    if !name.iter().zip(NAME).all(same) {
+        return None;
+    }
+    // SIZE:ALIGN:NAME
+    let mut parts = unquoted(value).splitn(3, |byte| *byte == b':');
+    parts.nth(2).filter(|name| !name.is_empty())
+}
+
+/// Takes off a quote that a text starts with, and one at its end then.
+fn unquoted(text: &[u8]) -> &[u8] {
+    match text {
+        [b'"', text @ .., b'"'] => text,
+        [b'"', text @ ..] => text,
+        text => text,
+    }
+}
+
+/// Returns the names of the regions that `reserve_mem=` has asked for on a command line, each
+/// once. Whether they are there is another matter.
+pub(crate) fn reserve_mem_names(line: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let mut rest = Parameters(line);
+    core::iter::from_fn(move || loop {
+        let seen = line.get(..line.len().wrapping_sub(rest.0.len()))?;
+        let Some(name) = region_name(rest.next()?) else {
+            continue;
+        };
+        if !Parameters(seen)
+            .filter_map(region_name)
+            .any(|it| it == name)
+        {
+            return Some(name);
+        }
+    })
 }
 
 // The sizes of the areas; [`None`] if one does not fit in 64 bits. In proportion, what early boot
@@ -97,13 +216,19 @@ impl Scratch {
 
 /// Parses a number as C writes it: hexadecimal after `0x`, octal after `0`, else decimal.
 #[link_section = ".init.text"]
-#[inline(never)]
 fn number(text: &[u8]) -> Option<(u64, &[u8])> {
-    let (radix, mut rest) = match text {
-        [b'0', b'x' | b'X', hex @ ..] => (16, hex),
-        [b'0', ..] => (8, text),
-        _ => (10, text),
-    };
+    match text {
+        [b'0', b'x' | b'X', hex @ ..] => digits(hex, 16),
+        [b'0', ..] => digits(text, 8),
+        _ => digits(text, 10),
+    }
+}
+
+/// Parses the digits that `text` starts with, at least one.
+#[link_section = ".init.text"]
+#[inline(never)]
+fn digits(text: &[u8], radix: u8) -> Option<(u64, &[u8])> {
+    let mut rest = text;
     let start = rest.len();
     let mut value = 0u64;
     while let [first, tail @ ..] = rest {

@@ -117,10 +117,7 @@ unsafe fn show(name: *const c_char, blob: *const c_void, size: usize, root: bool
         // SAFETY: By the caller's contract.
         let error = unsafe { bindings::kho_glue_debugfs_add(name, blob, size, root) };
         if error != 0 {
-            kho_sys::complain(
-                "a blob is not shown in debugfs",
-                kho_sys::phys(blob.cast_mut()),
-            );
+            kho_sys::complain(kho_sys::Complaint::NotShown, kho_sys::phys(blob.cast_mut()));
         }
     }
 }

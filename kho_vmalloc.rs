@@ -369,7 +369,7 @@ pub(crate) fn restore(preservation: bindings::kho_vmalloc) -> Option<*mut c_void
     let first = unsafe { preservation.first.phys };
     let total = preservation.total_pages.into();
     let Some(claimed) = order.and_then(|order| Claimed::new(first, order, total)) else {
-        kho_sys::complain("no vmalloc area: not preserved whole, or no memory", first);
+        kho_sys::complain(kho_sys::Complaint::NoArea, first);
         return None;
     };
     // Flags that are not known say nothing about the memory.

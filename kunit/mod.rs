@@ -673,3 +673,73 @@ mod subtree {
         Ok(())
     }
 }
+
+#[kunit_tests(rust_kho_log)]
+mod log {
+    use super::super::kho_sys::Complaint;
+    use kernel::{
+        bindings,
+        prelude::*,
+        str::CString, //
+    };
+
+    #[test]
+    fn flood_is_summed_up() -> Result {
+        const COUNT: u64 = 256;
+        // Beyond all memory.
+        let phys = 0xf_100d_0000_0000;
+        for round in 1..=2 {
+            wait();
+            for _ in 0..COUNT {
+                // SAFETY: Always safe to call.
+                assert!(unsafe { super::super::kho_restore_folio(phys) }.is_null());
+            }
+            wait();
+            // One line in full each time, and all others are in a sum.
+            assert_eq!(told(phys)?, (round, round * (COUNT - 1)));
+        }
+        Ok(())
+    }
+
+    const KIND: Complaint = Complaint::NothingToRestore;
+
+    /// Waits until what other tests and this one have said is summed up.
+    fn wait() {
+        while !KIND.is_quiet() {
+            // SAFETY: Tests may sleep.
+            unsafe { bindings::msleep(10) };
+        }
+    }
+
+    /// Returns how many lines of the log are about `phys` alone, and how many more complaints are
+    /// in sums.
+    fn told(phys: u64) -> Result<(u64, u64)> {
+        let text = KIND.text();
+        let full = CString::try_from_fmt(fmt!("KHO: {text} ({phys:#x})\n"))?;
+        let start = CString::try_from_fmt(fmt!("KHO: {text}: "))?;
+        let end = CString::try_from_fmt(fmt!(" more, the last at {phys:#x}\n"))?;
+        let (mut alone, mut more) = (0u64, 0u64);
+        let mut iter = bindings::kmsg_dump_iter::default();
+        let mut line = [0u8; 256];
+        let mut len = 0;
+        // SAFETY: The log is copied to where there is as much room as said.
+        unsafe { bindings::kmsg_dump_rewind(&mut iter) };
+        while unsafe {
+            bindings::kmsg_dump_get_line(&mut iter, false, line.as_mut_ptr(), line.len(), &mut len)
+        } {
+            let line = line.get(..len).unwrap_or(&[]);
+            // There is a time in front.
+            let text = line.splitn(2, |byte| *byte == b']').last().unwrap_or(line);
+            let text = text.trim_ascii_start();
+            alone += u64::from(text == full.to_bytes());
+            let count = text
+                .strip_prefix(start.to_bytes())
+                .and_then(|text| text.strip_suffix(end.to_bytes()));
+            let count = count.and_then(|count| core::str::from_utf8(count).ok());
+            more += count
+                .map_or(Ok(0), |count| count.parse())
+                .map_err(|_| EINVAL)?;
+        }
+        Ok((alone, more))
+    }
+}

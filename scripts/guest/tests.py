@@ -200,23 +200,43 @@ for _name in "luo_kexec_simple", "luo_multi_session", "luo_stress_files", "luo_s
 
 @test
 def reserve_mem(log):
-    """R -> R, a region of reserve_mem keeps its place and its content"""
-    text = "carried by reserve_mem"
+    """R -> R -> R, regions of reserve_mem keep their place and content; one is new in the second"""
+    texts = ["carried by reserve_mem", "and once more"]
+    ramoops = ("reserve_mem=4M:4096:ramoops ramoops.mem_name=ramoops "
+               "ramoops.pmsg_size=0x100000 ramoops.console_size=0x40000")
+
+    def write(text):
+        return f"""
+            echo "{text if not BREAK else 'else'}" >/dev/pmsg0 || fail pmsg
+            echo "<6>console of kernel $kho_stage" >/dev/kmsg
+            """
+
+    def read(stage):
+        return f"""
+            mount -t pstore pstore /tmp || fail pstore
+            for file in /tmp/pmsg-*; do report pmsg "$(cat "$file")"; done
+            report console "$(grep -c 'console of kernel {stage}' /tmp/console-*)"
+            """
+
     with make(log) as guest:
-        done = guest.run(
-            "kho=on liveupdate=on reserve_mem=4M:4096:ramoops ramoops.mem_name=ramoops "
-            "ramoops.pmsg_size=0x100000 ramoops.console_size=0x40000", [f"""
-                echo "{text if not BREAK else 'else'}" >/dev/pmsg0 || fail pmsg
-                echo "<6>console of kernel 1" >/dev/kmsg
-                next_kernel next
-                """, """
-                mount -t pstore pstore /tmp || fail pstore
-                for file in /tmp/pmsg-*; do report pmsg "$(cat "$file")"; done
-                report console "$(grep -c 'console of kernel 1' /tmp/console-*)"
-                """])
-        done.expect(2)
-        expect(f"pmsg has: {done.reported(2, 'pmsg')}", done.reported(2, "pmsg") == [text])
-        expect("the console of kernel 1 is not in pstore", done.reported(2, "console") not in ([], ["0"]))
+        # No 1 GiB block is free of preserved memory, so that z comes from scratch.
+        done = guest.run(f"kho=on liveupdate=on {ramoops}", [
+            write(texts[0]) + SCRATCH + "next_kernel next",
+            read(1) + write(texts[1]) + SCRATCH + "next_kernel next",
+            read(2) + SCRATCH],
+            again=f"kho=on liveupdate=on {ramoops} reserve_mem=2M:4096:z")
+        done.expect(3)
+    for stage in 2, 3:
+        pmsg = done.reported(stage, "pmsg")
+        expect(f"pmsg has: {pmsg}", pmsg == [texts[stage - 2]])
+        expect(f"the console of kernel {stage - 1} is not in pstore",
+               done.reported(stage, "console") not in ([], ["0"]))
+    expect("z was there before", not done.said(2, "Revived memory reservation 'z'"))
+    done.expect_line(3, "Revived memory reservation 'z'")
+    first, second, third = (sum(map(int, done.reported(stage, "scratch"))) for stage in (1, 2, 3))
+    left = re.search(r"\d+", done.expect_line(2, "KiB of scratch are left"))[0]
+    expect(f"scratch is {first}, {second}, {third} bytes, and {left} KiB are left",
+           2 << 20 <= first - second <= 8 << 20 and second == third == int(left) << 10)
 
 
 @test
@@ -387,6 +407,58 @@ def scratch_fits(log, mem, nodes):
 for _mem, _nodes in [(_mem, _nodes) for _mem in ("512M", "1G", "4G", "12G") for _nodes in (1, 2)]:
     TESTS[f"scratch-{_mem}" + (f"-{_nodes}-nodes" if _nodes > 1 else "")] = \
         lambda log, mem=_mem, nodes=_nodes: scratch_fits(log, mem, nodes)
+
+
+@test
+def scratch_reserve_mem(log):
+    """R, cold: scratch is as large with reserve_mem= as without, and leaves as much beside it"""
+    def boot(mem, args):
+        done = guest.run(f"kho=on liveupdate=on {args}", [MEMORY], mem=mem)
+        log.rename(log.with_suffix(f".{mem}{'.plain' if not args else ''}.log"))
+        done.expect(1)
+        size, _, took = scratch_use(done, 1)
+        return size, took, int(done.reported(1, "MemTotal:")[0])
+
+    results = []
+    with Guest(log, R) as guest:
+        for mem, args, reserved in [
+                ("512M", 'reserve_mem=100M:4096:x reserve_mem=\"27M:1M:y z\"', 127),
+                ("1G", "reserve_mem=256M:4096:x reserve_mem=1M:4096:x", 256)]:
+            plain = boot(mem, "")
+            size, took, total = boot(mem, args + (" kho_scratch=300%" if BREAK else ""))
+            what = f"{mem}: {size} KiB of scratch, {took} KiB taken, {total} kB in all; {plain}"
+            expect(what, abs(size - plain[0]) <= 8192 and abs(took - plain[1]) <= 1024)
+            expect(what, abs(plain[2] - total - (reserved << 10)) <= 1024)
+            results.append(f"{size} KiB in {mem}")
+    return ", ".join(results)
+
+
+@test
+def scratch_too_large(log):
+    """R, scratch that leaves too little: no KHO, one line says why; a little less is fine"""
+    def boot(name, args, stages, kernels=1):
+        done = guest.run(f"liveupdate=on {args}", stages, mem="512M")
+        log.rename(log.with_suffix(f".{name}.log"))
+        done.expect(kernels)
+        return done
+
+    with make(log) as guest:
+        off = boot("off", "kho=off", [MEMORY])
+        size = 440 if not BREAK else 100
+        large = boot("large", f"kho=on kho_scratch={size}M,0,0", [
+            "[ ! -e /dev/liveupdate ] || fail KHO is on" + MEMORY])
+        lines = large.said(1, "KHO: disabled")
+        expect(f"lines about KHO: {lines}", len(lines) == 1)
+        scratch, left, total, least = map(int, re.findall(r"(\d+) KiB", lines[0]))
+        expect(lines[0], scratch == size << 10 and left < least and total < 512 << 10)
+        expect(lines[0], lines[0].endswith("see kho_scratch="))
+        was, now = (int(done.reported(1, "MemTotal:")[0]) for done in (off, large))
+        expect(f"{now} kB in all, {was} kB without KHO", abs(was - now) <= 1024)
+        # Areas are multiples of 4 MiB.  The kernel works with what is left at least.
+        size -= least - left + 4095 >> 12 << 2
+        done = boot("fine", f"kho=on kho_scratch={size}M,0,0", [PRESERVE + "next_kernel next", RETRIEVE], 2)
+        g.expect_round_trip(guest, done)
+    return f"{size} of 512 MiB leave {least} KiB"
 
 
 @test

@@ -3,6 +3,9 @@
 //! Values of `kho_scratch=`, and the arithmetic on sizes.
 
 use super::super::kho_param::{
+    cut,
+    floor,
+    reserve_mem_names,
     round_up,
     scaled,
     Scratch,
@@ -26,7 +29,21 @@ fn values() {
         // In proportion.
         ("1%", Some(Scratch::Scale(1))),
         ("200%", Some(Scratch::Scale(200))),
-        ("0200%", None),
+        // kstrtouint() takes these.
+        ("0200%", Some(Scratch::Scale(200))),
+        ("00000000000000000000000000000000009%", Some(Scratch::Scale(9))),
+        ("+5%", Some(Scratch::Scale(5))),
+        ("+05%", Some(Scratch::Scale(5))),
+        ("++5%", None),
+        ("+-5%", None),
+        ("+%", None),
+        ("+0%", None),
+        ("000%", None),
+        // It takes the first of these as well, but nobody else does.
+        ("5\n%", None),
+        ("5%\n", None),
+        ("\n5%", None),
+        ("1M,2M,3M\n", None),
         ("4294967295%", Some(Scratch::Scale(u32::MAX))),
         ("4294967296%", None),
         ("18446744073709551617%", None),
@@ -35,7 +52,6 @@ fn values() {
         ("%%", None),
         ("5%%", None),
         ("-1%", None),
-        ("+5%", None),
         (" 5%", None),
         ("5 %", None),
         ("5M%", None),
@@ -61,6 +77,14 @@ fn values() {
         ("0x10000000000000000,0,0", None),
         ("16E,0,0", None),
         ("0,0,16E", None),
+        // In C these sums wrap around, the first one to 0, which is refused.
+        ("8E,8E,0", None),
+        ("8E,0,8E", None),
+        ("0,8E,8E", None),
+        ("8E,8E,1M", None),
+        ("7E,8E,0", sizes(7 << 60, 8 << 60, 0)),
+        ("8E,7E,0xfffffffffffffff", sizes(8 << 60, 7 << 60, (1 << 60) - 1)),
+        ("8E,7E,1E", None),
         // These do not wrap around to zeroes, which would be refused for another reason.
         ("16E,1,0", None),
         ("17E,0,0", None),
@@ -247,13 +271,143 @@ fn areas_by_size() {
         let pernode = vec![4 * M; nodes.len()];
         assert_eq!(areas(sizes, &nodes, (0, 0)), (16 * M, 64 * M, pernode));
     }
-    let sizes = Scratch::parse(b"0,15E,15E").unwrap();
+    let sizes = Scratch::parse(b"0,15E,1").unwrap();
     let used = Used { low: M, all: M };
     assert_eq!(sizes.lowmem(used, 4 * M), Some(0));
     assert_eq!(sizes.global(used, 15 << 60, 4 * M), Some(15 << 60));
-    let sizes = Scratch::parse(b"18446744073709551615,0xffffffffffffffff,01777777777777777777777");
-    let sizes = sizes.unwrap();
+    let most = |text: &str| Scratch::parse(text.as_bytes()).unwrap();
+    let sizes = most("18446744073709551615,0,0");
     assert_eq!(sizes.lowmem(used, 4 * M), None);
+    let sizes = most("0,0xffffffffffffffff,0");
     assert_eq!(sizes.global(used, 0, 4 * M), None);
+    let sizes = most("0,0,01777777777777777777777");
     assert_eq!(sizes.pernode(used, 1, 4 * M), None);
+}
+
+/// Returns the names that a command line has regions for, between bars.
+fn names(line: &[u8]) -> String {
+    let names: Vec<_> = reserve_mem_names(line)
+        .map(String::from_utf8_lossy)
+        .collect();
+    names.join("|")
+}
+
+#[test]
+fn names_of_regions() {
+    for (line, expected) in [
+        ("", ""),
+        ("   ", ""),
+        ("quiet", ""),
+        ("reserve_mem=4M:4096:oops", "oops"),
+        (" a reserve_mem=4M:4096:oops b=c ", "oops"),
+        ("\treserve_mem=4M:4096:a\nreserve_mem=1:2:b", "a|b"),
+        ("reserve-mem=4M:4096:oops", "oops"),
+        // The name is all the rest, and it is not looked at whether there can be such a region.
+        ("reserve_mem=4M:4096:a:b", "a:b"),
+        ("reserve_mem=::a", "a"),
+        ("reserve_mem=4M:4096:", ""),
+        ("reserve_mem=4M:4096", ""),
+        ("reserve_mem=4M", ""),
+        ("reserve_mem=", ""),
+        ("reserve_mem", ""),
+        ("reserve_memo=4M:4096:a", ""),
+        ("xreserve_mem=4M:4096:a", ""),
+        ("Reserve_mem=4M:4096:a", ""),
+        // In quotes.
+        ("reserve_mem=\"4M:4096:a b\" c", "a b"),
+        ("\"reserve_mem=4M:4096:a b\" c", "a b"),
+        ("\"reserve_mem=4M:4096:a b", "a b"),
+        ("reserve_mem=\"4M:4096:a b", "a b"),
+        ("\"a reserve_mem=4M:4096:b\"", ""),
+        ("a=\"b reserve_mem=4M:4096:b\" reserve_mem=1:1:c", "c"),
+        ("a=\"b\"reserve_mem=4M:4096:b", ""),
+        ("reserve_mem=\"", ""),
+        ("\"", ""),
+        ("\"\"", ""),
+        // Once each.
+        ("reserve_mem=1:1:a reserve_mem=2:2:b reserve_mem=3:3:a", "a|b"),
+        ("reserve_mem=1:1:a reserve_mem=1:1:a reserve_mem=1:1:a", "a"),
+        // The rest is for init.
+        ("reserve_mem=1:1:a -- reserve_mem=2:2:b", "a"),
+        ("-- reserve_mem=2:2:b", ""),
+        ("--a reserve_mem=2:2:b", "b"),
+    ] {
+        assert_eq!(names(line.as_bytes()), expected, "{line:?}");
+    }
+    assert_eq!(names(b"reserve_mem=1:1:\xff\xa0reserve_mem=1:1:b"), "\u{fffd}|b");
+}
+
+#[test]
+fn no_command_line_panics() {
+    let letters = [&b" "[..], b"\"", b"=", b":", b"a", b"--", b"reserve_mem=", b"1:1:"];
+    let count = letters.len();
+    for number in 0..count.pow(6) {
+        let words = (0..6).map(|i| letters[number / count.pow(i) % count]);
+        let line: Vec<u8> = words.flatten().copied().collect();
+        for name in reserve_mem_names(&line) {
+            assert!(!name.is_empty());
+        }
+    }
+}
+
+#[test]
+fn regions_that_do_not_count() {
+    let used = Used {
+        low: 100 * M,
+        all: 300 * M,
+    };
+    for (start, size, low, all) in [
+        (16 * M, 0, 100, 300),
+        (16 * M, 30 * M, 70, 270),
+        // Half of it is low.
+        (4000 * M, 192 * M, 4, 108),
+        (4096 * M, 30 * M, 100, 270),
+        (5000 * M, 30 * M, 100, 270),
+        (16 * M, 400 * M, 0, 0),
+        (u64::MAX, u64::MAX, 100, 0),
+    ] {
+        let expected = Used {
+            low: low * M,
+            all: all * M,
+        };
+        let left = used.without(start, size, 4096 * M);
+        assert_eq!(left, expected, "{start:#x} {size:#x}");
+    }
+}
+
+#[test]
+fn what_is_left_at_least() {
+    let left = |all| floor(Used { low: 0, all });
+    assert_eq!(left(0), 64 * M);
+    assert_eq!(left(64 * M), 64 * M);
+    assert_eq!(left(65 * M), 65 * M);
+    assert_eq!(left(u64::MAX), u64::MAX);
+}
+
+#[test]
+fn areas_are_cut() {
+    const ALIGN: u64 = 4;
+    let area = (8, 24);
+    for start in 0..32 {
+        for end in 0..32 {
+            let [front, behind] = cut(area, (start, end), ALIGN);
+            for part in [front, behind] {
+                assert!(part.0 <= part.1 && part.0 >= area.0 && part.1 <= area.1);
+                assert!(part.0 % ALIGN == 0 && part.1 % ALIGN == 0);
+            }
+            // Exactly the granules that have part of the region are gone.
+            for granule in (area.0..area.1).step_by(ALIGN as usize) {
+                let taken = start < end && start < granule + ALIGN && end > granule;
+                let left = [front, behind]
+                    .iter()
+                    .filter(|part| part.0 <= granule && granule + ALIGN <= part.1)
+                    .count();
+                assert_eq!(left, usize::from(!taken), "{start}..{end} at {granule}");
+            }
+        }
+    }
+    let all = (0, u64::MAX & !3);
+    assert_eq!(cut(all, (u64::MAX - 1, u64::MAX), 4), [all, (all.1, all.1)]);
+    let end = (all.1 - 4, all.1);
+    assert_eq!(cut(end, (all.1 - 2, u64::MAX), 4), [(end.0, end.0), (end.1, end.1)]);
 }
