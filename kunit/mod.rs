@@ -21,6 +21,7 @@ use super::kho_sys::{
     Page, //
 };
 use super::{
+    kho_pages,
     kho_state,
     PAGE_SHIFT, //
 };
@@ -48,12 +49,14 @@ impl Pages {
     fn new(order: u32) -> Result<Self> {
         // Not compound: they are single pages in one block.
         // SAFETY: The order is one of the page allocator's.
-        let virt = unsafe { bindings::get_free_pages_noprof(bindings::GFP_KERNEL, order) };
-        if virt == 0 {
+        let page = unsafe { bindings::alloc_pages(bindings::GFP_KERNEL, order) };
+        if page.is_null() {
             return Err(ENOMEM);
         }
+        // SAFETY: There is a page.
+        let frames = unsafe { kho_sys::page_frames(page, 1) }.ok_or(EINVAL)?;
         Ok(Self {
-            phys: kho_sys::phys(virt as *mut c_void),
+            phys: frames.phys(),
             order,
             free: true,
         })
@@ -119,6 +122,7 @@ mod radix {
     use super::super::kho_radix::{
         Node,
         NodeAddr,
+        NodeMem,
         Removal,
         Step,
         Tree,
@@ -169,6 +173,36 @@ mod radix {
 
     extern "C" fn stop_leaf(_key: usize, _data: *mut c_void) -> c_int {
         -7
+    }
+
+    /// Where the nodes of a tree are.
+    #[derive(Default)]
+    struct Nodes {
+        at: [u64; 8],
+        count: usize,
+    }
+
+    extern "C" fn note_node(phys: u64, data: *mut c_void) -> c_int {
+        // SAFETY: The test passes such a list.
+        let nodes = unsafe { &mut *data.cast::<Nodes>() };
+        match nodes.at.get_mut(nodes.count) {
+            Some(at) => *at = phys,
+            None => return -8,
+        }
+        nodes.count += 1;
+        0
+    }
+
+    /// Returns whether the page at `phys` is all zeroes.
+    fn is_zero(phys: u64) -> bool {
+        let words = kho_sys::virt::<u64>(phys);
+        // SAFETY: The test has the page.
+        (0..bindings::PAGE_SIZE / 8).all(|i| unsafe { words.add(i).read() } == 0)
+    }
+
+    fn clear(phys: u64) {
+        // SAFETY: The test has the page.
+        unsafe { kho_sys::virt::<u8>(phys).write_bytes(0, bindings::PAGE_SIZE) };
     }
 
     #[test]
@@ -254,6 +288,83 @@ mod radix {
             crate::kho_radix_destroy_tree(tree);
             assert!((*tree).root.is_null());
         }
+        Ok(())
+    }
+
+    #[test]
+    fn reused_root_starts_anew() -> Result {
+        let mut root = Pages::new(0)?;
+        clear(root.phys);
+        let mut c = bindings::kho_radix_tree::default();
+        let mut nodes = Nodes::default();
+        let mut sum = 0u64;
+        // SAFETY: The tree is initialised first and destroyed last; the pages are ours.
+        unsafe {
+            let tree = &raw mut c;
+            let page = kho_sys::virt(root.phys);
+            assert_eq!(crate::kho_radix_init_tree(tree, page), 0);
+            assert!(core::ptr::eq((*tree).root, page));
+            assert_eq!(crate::kho_radix_add_key(tree, 5), 0);
+            let walk = bindings::kho_radix_walk_cb {
+                leaf: None,
+                node: Some(note_node),
+            };
+            let data = (&raw mut nodes).cast();
+            assert_eq!(crate::kho_radix_walk_tree(tree, &walk, data), 0);
+            assert_eq!(nodes.count, 6);
+            assert_eq!(nodes.at[0], root.phys);
+            // What a callback returns ends the walk: there is no room for more nodes.
+            nodes.count = 4;
+            assert_eq!(crate::kho_radix_walk_tree(tree, &walk, data), -8);
+
+            // The owner takes the nodes back, for something else, and uses the root again.
+            for phys in &nodes.at[..6] {
+                clear(*phys);
+            }
+            assert_eq!(crate::kho_radix_init_tree(tree, page), 0);
+            assert_eq!(crate::kho_radix_add_key(tree, 6), 0);
+            for phys in &nodes.at[1..6] {
+                assert!(is_zero(*phys));
+                kho_sys::free_page(*phys);
+            }
+            let walk = bindings::kho_radix_walk_cb {
+                leaf: Some(sum_leaf),
+                node: None,
+            };
+            let data = (&raw mut sum).cast();
+            assert_eq!(crate::kho_radix_walk_tree(tree, &walk, data), 0);
+            assert_eq!(sum, 6);
+            crate::kho_radix_destroy_tree(tree);
+            root.free = false;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn empty_nodes_go_by_themselves() -> Result {
+        let Some(tree) = kho_state::out_tree() else {
+            assert!(!kho_state::is_enabled());
+            return Ok(());
+        };
+        // No block of RAM has this key.
+        let (odd, _) = Key::bounds(Order::new(30).ok_or(EINVAL)?);
+        // SAFETY: The tree is this kernel's own.
+        let direct = unsafe { Direct::new() };
+        let is_there = || {
+            let _pass = direct.enter();
+            tree.find_leaf(odd).is_some()
+        };
+        assert!(tree.add(odd) == Ok(true));
+        assert!(is_there());
+        kho_pages::unpreserve(odd.block().ok_or(EINVAL)?);
+        // It takes a second and a grace period; a minute is never.
+        let mut turns = 0;
+        while is_there() && turns < 600 {
+            // SAFETY: May be called by anyone who may sleep.
+            unsafe { bindings::msleep(100) };
+            turns += 1;
+        }
+        assert!(!is_there());
         Ok(())
     }
 
@@ -351,6 +462,104 @@ mod pages {
                 .count()
                 > 16
         );
+        Ok(())
+    }
+
+    /// A page in a scratch area, allocated as the page allocator's users of CMA do.
+    struct ScratchPage(u64);
+
+    impl ScratchPage {
+        fn new() -> Option<Self> {
+            // `ACR_FLAGS_CMA`
+            const CMA: u32 = 1;
+            kho_sys::scratch()
+                .iter()
+                .flat_map(|area| (0..area.size >> 21).map(|n| area.addr + (n << 21)))
+                .map(|phys| phys >> PAGE_SHIFT)
+                .find(|pfn| {
+                    let start = *pfn as usize;
+                    let gfp = bindings::GFP_KERNEL;
+                    // SAFETY: Takes any range that has struct pages, and may fail.
+                    let error =
+                        unsafe { bindings::alloc_contig_range_noprof(start, start + 1, CMA, gfp) };
+                    error == 0
+                })
+                .map(Self)
+        }
+
+        fn phys(&self) -> u64 {
+            self.0 << PAGE_SHIFT
+        }
+
+        fn ptr(&self) -> *mut bindings::page {
+            Page::online(self.0).map_or(core::ptr::null_mut(), Page::as_ptr)
+        }
+    }
+
+    impl Drop for ScratchPage {
+        fn drop(&mut self) {
+            // SAFETY: Allocated like that.
+            unsafe { bindings::free_contig_range(self.0 as usize, 1) };
+        }
+    }
+
+    #[test]
+    fn scratch_is_refused_at_every_door() -> Result {
+        if !kho_state::is_enabled() {
+            return Ok(());
+        }
+        let page = ScratchPage::new().ok_or(EBUSY)?;
+        let size = bindings::PAGE_SIZE;
+        let einval = EINVAL.to_errno();
+        let mut preservation = bindings::kho_vmalloc::default();
+        // SAFETY: The page is ours, and so is the area; the name ends with a NUL.
+        unsafe {
+            assert!(crate::kho_scratch_overlap(page.phys(), 1));
+            assert_eq!(crate::kho_preserve_folio(page.ptr().cast()), einval);
+            assert_eq!(crate::kho_preserve_pages(page.ptr(), 1), einval);
+            // Pages that end in scratch; none of them stays preserved.
+            assert_eq!(crate::kho_preserve_pages(page.ptr(), 5), einval);
+            assert_eq!(crate::kho_preserve_phys(page.phys(), size), einval);
+            assert_eq!(
+                crate::kho_add_subtree(
+                    c"kunit-scratch".as_char_ptr(),
+                    kho_sys::virt(page.phys()),
+                    1
+                ),
+                einval
+            );
+            crate::kho_remove_subtree(kho_sys::virt(page.phys()));
+
+            let area = bindings::vmalloc_noprof(4 * size);
+            if area.is_null() {
+                return Err(ENOMEM);
+            }
+            let third = (*bindings::find_vm_area(area)).pages.add(2);
+            let own = third.replace(page.ptr());
+            let result = crate::kho_preserve_vmalloc(area, &mut preservation);
+            third.write(own);
+            bindings::vfree(area);
+            assert_eq!(result, einval);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn memory_that_came_back_is_preserved() -> Result {
+        let pages = Pages::new(1)?;
+        let block = Pfn::from_phys(pages.phys)
+            .and_then(|pfn| Block::new(pfn, Order::ZERO))
+            .ok_or(EINVAL)?;
+        // SAFETY: Always safe to call; the pages are ours.
+        unsafe {
+            // It was there at boot, wherever it has been meanwhile.
+            crate::kho_rs_plug((pages.phys >> PAGE_SHIFT) as usize, 1);
+            assert!(kho_sys::may_be_refused(block));
+            assert_eq!(crate::kho_preserve_pages(pages.ptr(0), 1), expect(Ok(())));
+            crate::kho_unpreserve_pages(pages.ptr(0), 1);
+            assert_eq!(crate::kho_preserve_pages(pages.ptr(0), 2), expect(Ok(())));
+            crate::kho_unpreserve_pages(pages.ptr(0), 2);
+        }
         Ok(())
     }
 
@@ -543,6 +752,127 @@ mod vmalloc {
         Ok(())
     }
 
+    /// Bytes of which a pointer into them is aligned to 4 and not to 8, as a property of an FDT is.
+    #[repr(C, align(8))]
+    struct Unaligned([u8; 24]);
+
+    impl Unaligned {
+        fn ptr(&mut self) -> *mut bindings::kho_vmalloc {
+            self.0.as_mut_ptr().wrapping_add(4).cast()
+        }
+    }
+
+    #[test]
+    fn long_list_is_preserved_and_given_up() -> Result {
+        const ENTRIES: usize = bindings::KHO_VMALLOC_SIZE;
+        // A chunk that is full is followed by another one.
+        for (count, chunks) in [
+            (ENTRIES - 1, 1),
+            (ENTRIES, 2),
+            (ENTRIES + 1, 2),
+            (2 * ENTRIES + 7, 3),
+        ] {
+            let mut place = Unaligned([0x55; 24]);
+            let preservation = place.ptr();
+            // SAFETY: The area is ours, and the list is one that was just made.
+            unsafe {
+                let area = bindings::vmalloc_noprof(count * bindings::PAGE_SIZE);
+                if area.is_null() {
+                    return Err(ENOMEM);
+                }
+                let result = crate::kho_preserve_vmalloc(area, preservation);
+                assert_eq!(result, expect(Ok(())));
+                if result == 0 {
+                    let found = preservation.read_unaligned();
+                    assert_eq!(found.total_pages as usize, count);
+                    let pages = (*bindings::find_vm_area(area)).pages;
+                    let (mut next, mut met, mut listed) = (found.first.phys, 0, 0);
+                    while next != 0 {
+                        let chunk = kho_sys::virt::<bindings::kho_vmalloc_chunk>(next);
+                        met += 1;
+                        for phys in (*chunk).phys.iter().filter(|phys| **phys != 0) {
+                            let page = *pages.add(listed);
+                            let frames = kho_sys::page_frames(page, 1).ok_or(EINVAL)?;
+                            assert_eq!(frames.phys(), *phys);
+                            listed += 1;
+                        }
+                        next = (*chunk).hdr.next.phys;
+                    }
+                    assert_eq!(met, chunks);
+                    assert_eq!(listed, count);
+                    crate::kho_unpreserve_vmalloc(preservation);
+                    assert!(none_preserved(area, count, 1).is_ok());
+                }
+                bindings::vfree(area);
+            }
+            // Nothing around it was written.
+            assert!(place.0[..4] == [0x55; 4] && place.0[20..] == [0x55; 4]);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn long_list_is_restored() -> Result {
+        const ENTRIES: usize = bindings::KHO_VMALLOC_SIZE;
+        const COUNT: usize = 2 * ENTRIES + 3;
+        let mut chunks = KVec::new();
+        let mut pages = KVec::new();
+        for _ in 0..3 {
+            chunks.push(Pages::new(0)?, GFP_KERNEL)?;
+        }
+        for _ in 0..COUNT {
+            pages.push(Pages::new(0)?, GFP_KERNEL)?;
+        }
+        let mut place = Unaligned([0; 24]);
+        let preservation = place.ptr();
+        // SAFETY: The pages are ours, and given away as an area and its chunks.
+        unsafe {
+            let mut next = 0;
+            for (n, page) in chunks.iter().enumerate().rev() {
+                let chunk = kho_sys::virt::<bindings::kho_vmalloc_chunk>(page.phys);
+                chunk.cast::<u8>().write_bytes(0, bindings::PAGE_SIZE);
+                (*chunk).hdr.next.phys = next;
+                next = page.phys;
+                for (entry, page) in (*chunk).phys.iter_mut().zip(pages.iter().skip(n * ENTRIES)) {
+                    *entry = page.phys;
+                }
+                page.mark(0, 0)?;
+            }
+            for (n, page) in pages.iter().enumerate() {
+                kho_sys::virt::<u64>(page.phys).write(n as u64);
+                page.mark(0, 0)?;
+            }
+            let mut value = bindings::kho_vmalloc::default();
+            value.first.phys = next;
+            value.flags = 1;
+            value.total_pages = COUNT as u32;
+            preservation.write_unaligned(value);
+
+            // A page of the last chunk is missing, then the last chunk itself.
+            for missing in [&pages[COUNT - 1], &chunks[2]] {
+                missing.page(0)?.private().store(0, Ordering::Relaxed);
+                assert!(crate::kho_restore_vmalloc(preservation).is_null());
+                missing.mark(0, 0)?;
+                assert!(
+                    Iterator::chain(chunks.iter(), pages.iter()).all(|page| page.is_marked(0, 0))
+                );
+            }
+
+            let area = crate::kho_restore_vmalloc(preservation);
+            assert!(!area.is_null());
+            for page in Iterator::chain(chunks.iter_mut(), pages.iter_mut()) {
+                page.free = false;
+                page.forget(1);
+            }
+            for n in 0..COUNT {
+                let at = area.cast::<u8>().add(n * bindings::PAGE_SIZE);
+                assert_eq!(at.cast::<u64>().read(), n as u64);
+            }
+            bindings::vfree(area);
+        }
+        Ok(())
+    }
+
     #[test]
     fn what_cannot_be_preserved_is_refused() -> Result {
         let pages = Pages::new(0)?;
@@ -657,6 +987,47 @@ mod subtree {
             );
             crate::kho_remove_subtree(blob);
             // Once more, and never there: nothing happens.
+            crate::kho_remove_subtree(blob);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn what_cannot_be_handed_over_is_refused() -> Result {
+        let pages = Pages::new(0)?;
+        let blob = kho_sys::virt::<c_void>(pages.phys);
+        let size = bindings::PAGE_SIZE;
+        // SAFETY: The name ends with a NUL, and the area is ours.
+        unsafe {
+            let area = bindings::vmalloc_noprof(size);
+            if area.is_null() {
+                return Err(ENOMEM);
+            }
+            // Beyond all RAM.
+            let end = kho_sys::virt::<c_void>((bindings::max_pfn * size) as u64);
+            for (blob, size) in [
+                (core::ptr::null_mut(), 1),
+                (core::ptr::null_mut(), 0),
+                // No memory at all, and none of the direct map.
+                (0x1000 as *mut c_void, 100),
+                (area, 100),
+                (area, 0),
+                // Nothing, or more than there is, or than there can be.
+                (blob, 0),
+                (blob, bindings::max_pfn * size),
+                (blob, usize::MAX),
+                (end, 1),
+                (end.byte_sub(size), size + 1),
+            ] {
+                let result = crate::kho_add_subtree(name(0).as_ptr(), blob, size);
+                assert_eq!(result, EINVAL.to_errno());
+                crate::kho_remove_subtree(blob);
+            }
+            bindings::vfree(area);
+            // Nothing of the name was left behind; a blob may be any part of its pages.
+            let blob = blob.byte_add(24);
+            let result = crate::kho_add_subtree(name(0).as_ptr(), blob, size - 24);
+            assert_eq!(result, expect(Ok(())));
             crate::kho_remove_subtree(blob);
         }
         Ok(())
