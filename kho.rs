@@ -48,6 +48,7 @@
 use core::{
     ptr,
     sync::atomic::{
+        self,
         AtomicBool,
         Ordering, //
     },

@@ -877,7 +877,10 @@ impl<M: NodeMem> Tree<M> {
 
     fn destroy_node(&self, addr: NodeAddr, level: u32) {
         if level > 0 {
-            for (_, child) in self.mem.node(addr).children() {
+            let node = self.mem.node(addr);
+            for (index, child) in node.children() {
+                // A node is never freed while an entry leads to it.
+                node.word(index).store(0);
                 self.destroy_node(child, level.wrapping_sub(1));
             }
         }

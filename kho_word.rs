@@ -10,7 +10,8 @@
 //!
 //! [`Atomic`]: srctree/rust/kernel/sync/atomic.rs
 
-use core::sync::atomic::{
+// The crate says whose: a model checker has atomics of its own.
+use super::atomic::{
     AtomicU64,
     Ordering, //
 };

@@ -14,6 +14,7 @@
 // The same files as in the kernel; not all of them is used here.
 #![allow(dead_code)]
 
+use core::sync::atomic;
 const PAGE_SHIFT: u32 = 12;
 #[path = "../../kho_key.rs"]
 mod kho_key;

@@ -10,6 +10,7 @@ macro_rules! core_with_page_shift {
     ($name:ident, $shift:literal) => {
         #[path = "."]
         pub mod $name {
+            use core::sync::atomic;
             pub(crate) const PAGE_SHIFT: u32 = $shift;
             #[path = "../../kho_fdt.rs"]
             pub(crate) mod kho_fdt;
