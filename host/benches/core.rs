@@ -16,6 +16,7 @@
 
 use core::sync::atomic;
 const PAGE_SHIFT: u32 = 12;
+mod hosts;
 #[path = "../../kho_key.rs"]
 mod kho_key;
 #[path = "../../kho_radix.rs"]
@@ -68,7 +69,7 @@ use std::{
 };
 
 /// Where node memory is in the address space of the tree.
-const BASE: u64 = 1 << 36;
+const BASE: u64 = 1 << 32;
 /// RAM of the machine that takeover believes in, in frames: 1 TiB.
 const RAM: u64 = 1 << 28;
 
@@ -102,6 +103,11 @@ impl Arena {
             used: AtomicUsize::new(0),
             generation: AtomicU64::new(0),
         }
+    }
+
+    /// Returns how many nodes have been handed out.
+    fn used(&self) -> usize {
+        self.used.load(Ordering::Relaxed).min(self.count)
     }
 
     fn take(&self) -> Option<u64> {
@@ -483,7 +489,14 @@ struct Scaling {
     peer: f64,
 }
 
-fn json(keys: u64, repeat: u32, cores: u64, lines: &[Line], scaling: &[Scaling]) -> String {
+fn json(
+    keys: u64,
+    repeat: u32,
+    cores: u64,
+    lines: &[Line],
+    hosts: &[hosts::Figures],
+    scaling: &[Scaling],
+) -> String {
     let mut out = String::new();
     let single: Vec<String> = lines
         .iter()
@@ -497,6 +510,7 @@ fn json(keys: u64, repeat: u32, cores: u64, lines: &[Line], scaling: &[Scaling])
             )
         })
         .collect();
+    let hosts: Vec<String> = hosts.iter().map(hosts::Figures::json).collect();
     let threads: Vec<String> = scaling
         .iter()
         .map(|it| {
@@ -509,8 +523,9 @@ fn json(keys: u64, repeat: u32, cores: u64, lines: &[Line], scaling: &[Scaling])
     writeln!(
         out,
         "{{\n  \"cores\": {cores},\n  \"keys\": {keys},\n  \"repeat\": {repeat},\n  \
-         \"single\": [\n{}\n  ],\n  \"threads\": [\n{}\n  ]\n}}",
+         \"single\": [\n{}\n  ],\n  \"hosts\": [\n{}\n  ],\n  \"threads\": [\n{}\n  ]\n}}",
         single.join(",\n"),
+        hosts.join(",\n"),
         threads.join(",\n")
     )
     .unwrap();
@@ -569,6 +584,8 @@ fn main() {
     }
 
     println!();
+    let hosts = hosts::all(repeat.min(3));
+
     println!("threads, each adding and removing in memory of its own: million keys per second");
     println!(
         "{:<9}{:>9}{:>8}{:>9}{:>8}",
@@ -599,7 +616,7 @@ fn main() {
         scaling.push(now);
     }
     if let Some(file) = file {
-        let text = json(keys, repeat, cores, &lines, &scaling);
+        let text = json(keys, repeat, cores, &lines, &hosts, &scaling);
         if let Err(error) = std::fs::write(&file, text) {
             eprintln!("{file}: {error}");
             std::process::exit(1);
