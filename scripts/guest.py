@@ -249,9 +249,11 @@ class Run:
 
 
 def qemu(log, kernel, initramfs, cmdline, share=None, mem="1G", smp=1, nodes=1, timeout=HANG,
-         ram=None, title=None, during=None, machine=None, base=CMDLINE):
+         ram=None, title=None, during=None, machine=None, base=CMDLINE, plug=None):
     """Runs a guest to its end and returns its Run.
 
+    ram: a file that has the guest's memory.
+    plug: memory that the guest can take into use while it runs.
     machine: QEMU and the arguments that choose another machine than the tests'.
     base: the part of the command line that goes with it.
     """
@@ -261,7 +263,7 @@ def qemu(log, kernel, initramfs, cmdline, share=None, mem="1G", smp=1, nodes=1, 
     # No guest outlives this program, however that ends.
     args = ["setpriv", "--pdeathsig", "KILL", *(machine or tests_machine()),
             "-nographic", "-nodefaults", "-no-reboot",
-            "-m", f"{size}M", "-smp", f"{smp},sockets={smp}", "-serial", f"file:{log}",
+            "-m", f"{size}M" + (",slots=1,maxmem=8G" if plug else ""), "-smp", f"{smp},sockets={smp}", "-serial", f"file:{log}",
             "-kernel", str(kernel), "-initrd", str(initramfs), "-append", f"{base} {cmdline}"]
     if share:
         args += ["-fsdev", f"local,id=kho,path={share},security_model=none,multidevs=remap",
@@ -273,6 +275,8 @@ def qemu(log, kernel, initramfs, cmdline, share=None, mem="1G", smp=1, nodes=1, 
     if ram:
         args += ["-object", f"memory-backend-file,id=ram,size={size}M,mem-path={ram},share=on",
                  "-machine", "memory-backend=ram"]
+    if plug:
+        args += ["-object", f"memory-backend-ram,id=plug,size={plug}", "-device", "pc-dimm,memdev=plug"]
     start = time.time()
     messages = tempfile.TemporaryFile()
     child = subprocess.Popen(args, stdin=subprocess.DEVNULL, stdout=messages, stderr=messages)

@@ -7,6 +7,8 @@
  *   scatter SESSION DIR [PAGES]
  *                          that, with gaps between the pages, small ones or of
  *                          so many, and one page more
+ *   donate DIR PAGES       take so many empty pages; writes where to DIR/frames
+ *   try PAGES              preserve so many pages, print the error that makes
  *   waiting DIR            what /proc/kpageflags says of the memory there
  *   owned DIR              what page owner says of it
  *   retrieve SESSION       take the session back, print what it holds
@@ -15,8 +17,8 @@
  *   load IMAGE INITRD ARGS load the next kernel
  *   kexec                  start it
  *
- * The manifest has one line per file.  preserve, whole, scatter and renew leave
- * a process behind that holds the session open, for closing it gives it up.
+ * The manifest has one line per file.  preserve, whole, scatter, donate and renew
+ * leave a process behind that holds the session open, for closing it gives it up.
  */
 #define _GNU_SOURCE
 #include <err.h>
@@ -38,6 +40,8 @@
 
 #define MAX_FILES	1024
 #define PAGE		4096
+/* In /proc/kpageflags. */
+#define RESERVED	(1UL << 32)
 #define LARGE_GAP	((240 << 20) / PAGE)
 
 static int fds[MAX_FILES + 1];
@@ -58,13 +62,18 @@ static int session_open(unsigned long request, const char *name)
 	return arg.fd;
 }
 
-static void preserve_fd(int session, int fd, unsigned long token)
+static int try_preserve_fd(int session, int fd, unsigned long token)
 {
 	struct liveupdate_session_preserve_fd arg = {
 		.size = sizeof(arg), .fd = fd, .token = token,
 	};
 
-	if (ioctl(session, LIVEUPDATE_SESSION_PRESERVE_FD, &arg))
+	return ioctl(session, LIVEUPDATE_SESSION_PRESERVE_FD, &arg);
+}
+
+static void preserve_fd(int session, int fd, unsigned long token)
+{
+	if (try_preserve_fd(session, fd, token))
 		err(1, "preserve file %lu", token);
 }
 
@@ -223,6 +232,19 @@ static void preserve(const char *name, const char *dir)
 	hold();
 }
 
+/* Prints what the kernel says to preserving so many pages. */
+static void try_preserve(long pages)
+{
+	int session = session_open(LIVEUPDATE_IOCTL_CREATE_SESSION, "try");
+	int fd = memfd_create("try", 0);
+
+	if (ftruncate(fd, pages * PAGE) || fallocate(fd, 0, 0, pages * PAGE))
+		err(1, "%ld pages", pages);
+	if (!try_preserve_fd(session, fd, 0))
+		errno = 0;
+	printf("tried %ld pages: %d %s\n", pages, errno, strerror(errno));
+}
+
 /* Opens a file of frame numbers. */
 static FILE *open_frames(const char *dir, const char *mode)
 {
@@ -281,6 +303,21 @@ static void list_frames(const char *dir, int last)
 		err(1, "frames");
 }
 
+/* Takes pages that are empty, outside scratch, and stay where they are. */
+static void donate(const char *dir, long pages)
+{
+	int session = session_open(LIVEUPDATE_IOCTL_CREATE_SESSION, "donated");
+
+	fds[1] = memfd_create("donated", 0);
+	if (ftruncate(fds[1], pages * PAGE) || fallocate(fds[1], 0, 0, pages * PAGE))
+		err(1, "donate");
+	/* What is preserved is moved out of scratch, and not back again. */
+	preserve_fd(session, fds[1], 0);
+	close(session);
+	list_frames(dir, 1);
+	hold();
+}
+
 static void whole(const char *name, const char *dir)
 {
 	int count = load_files(dir, -1);
@@ -321,7 +358,8 @@ static void print_waiting(const char *dir)
 	if (flags < 0 || counts < 0)
 		err(1, "/proc/kpage*");
 	for (; fscanf(frames, "%lu", &frame) == 1; total++)
-		odd += read_entry(flags, frame) || read_entry(counts, frame);
+		odd += (read_entry(flags, frame) & ~RESERVED) ||
+		       read_entry(counts, frame);
 	printf("frames %d, %d not waiting\n", total, odd);
 }
 
@@ -461,6 +499,10 @@ int main(int argc, char *argv[])
 		whole(argv[2], argv[3]);
 	else if (!strcmp(cmd, "scatter") && (argc == 4 || argc == 5))
 		scatter(argv[2], argv[3], argc == 5 ? atol(argv[4]) : 0);
+	else if (!strcmp(cmd, "donate") && argc == 4)
+		donate(argv[2], atol(argv[3]));
+	else if (!strcmp(cmd, "try") && argc == 3)
+		try_preserve(atol(argv[2]));
 	else if (!strcmp(cmd, "owned") && argc == 3)
 		print_owned(argv[2]);
 	else if (!strcmp(cmd, "waiting") && argc == 3)

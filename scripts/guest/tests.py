@@ -2,11 +2,10 @@
 """Tests of kexec handover in QEMU; run by scripts/qemu-tests.
 
 R is the kernel with the Rust implementation, C the one with the C one, and P has
-the Rust implementation and as little else as can be.  The one for arm64 has the
-benchmark in it.
+the Rust implementation and as little else as can be.  K is R with its KUnit suites
+and a user of the API.  The one for arm64 has the benchmark in it.
 """
 import concurrent.futures
-import mmap
 import os
 import random
 import re
@@ -21,7 +20,7 @@ import bench  # noqa: E402
 import guest as g  # noqa: E402
 from guest import Fail, Guest  # noqa: E402
 
-R, C, P, ARM64 = (os.environ[f"{name}_KERNEL"] for name in ("RUST", "C", "PLAIN", "ARM64"))
+R, C, P, K, ARM64 = (os.environ[f"{name}_KERNEL"] for name in ("RUST", "C", "PLAIN", "KUNIT", "ARM64"))
 BREAK = bool(os.environ.get("KHO_BREAK"))
 TESTS = {}
 # Only run if they are named.
@@ -116,6 +115,7 @@ def expect_fdt(guest, run, stage, way):
 # Stages, as shell scripts for the guest.
 
 PRESERVE, RETRIEVE = g.ROUND_TRIP[0].replace("next_kernel next", ""), g.ROUND_TRIP[1]
+WHOLE = PRESERVE.replace("kho-guest preserve", "kho-guest whole")
 RENEW = """
 report step renewing the session
 check kho-guest renew run
@@ -124,6 +124,14 @@ MEMORY = """
 while read -r name value _; do
 	case $name in MemTotal:|MemAvailable:) report "$name $value" ;; esac
 done </proc/meminfo
+"""
+# Takes all memory but a little, and overwrites it.
+FILL = """
+report step filling memory
+mkdir /tmp/fill
+mount -t tmpfs -o size=100% fill /tmp/fill || fail tmpfs
+megabytes=$(awk '$1 == "MemAvailable:" { print int($2 / 1024) - 40 }' /proc/meminfo)
+dd bs=1M count="$megabytes" if=/dev/zero of=/tmp/fill/1 || fail dd
 """
 SCRATCH = """
 for length in $(cat /sys/kernel/debug/kho/out/scratch_len); do
@@ -198,37 +206,44 @@ for _name in "luo_kexec_simple", "luo_multi_session", "luo_stress_files", "luo_s
     TESTS[_name.replace("_", "-")] = lambda log, name=_name: luo_kexec(log, name)
 
 
+RAMOOPS = ("reserve_mem=4M:4096:ramoops ramoops.mem_name=ramoops ramoops.pmsg_size=0x100000 "
+           "ramoops.console_size=0x40000")
+WRITE_PMSG = 'echo "{}" >/dev/pmsg0 || fail pmsg\n'
+READ_PMSG = """
+mount -t pstore pstore /tmp || fail pstore
+for file in /tmp/pmsg-*; do report pmsg "$(cat "$file")"; done
+"""
+
+
+def expect_pmsg(run, stage, text):
+    expect(f"pmsg has: {run.reported(stage, 'pmsg')}", run.reported(stage, "pmsg") == [text])
+
+
 @test
 def reserve_mem(log):
     """R -> R -> R, regions of reserve_mem keep their place and content; one is new in the second"""
     texts = ["carried by reserve_mem", "and once more"]
-    ramoops = ("reserve_mem=4M:4096:ramoops ramoops.mem_name=ramoops "
-               "ramoops.pmsg_size=0x100000 ramoops.console_size=0x40000")
 
     def write(text):
-        return f"""
-            echo "{text if not BREAK else 'else'}" >/dev/pmsg0 || fail pmsg
+        return WRITE_PMSG.format(text if not BREAK else "else") + f"""
             echo "<6>console of kernel $kho_stage" >/dev/kmsg
             """
 
     def read(stage):
-        return f"""
-            mount -t pstore pstore /tmp || fail pstore
-            for file in /tmp/pmsg-*; do report pmsg "$(cat "$file")"; done
+        return READ_PMSG + f"""
             report console "$(grep -c 'console of kernel {stage}' /tmp/console-*)"
             """
 
     with make(log) as guest:
         # No 1 GiB block is free of preserved memory, so that z comes from scratch.
-        done = guest.run(f"kho=on liveupdate=on {ramoops}", [
+        done = guest.run(f"kho=on liveupdate=on {RAMOOPS}", [
             write(texts[0]) + SCRATCH + "next_kernel next",
             read(1) + write(texts[1]) + SCRATCH + "next_kernel next",
             read(2) + SCRATCH],
-            again=f"kho=on liveupdate=on {ramoops} reserve_mem=2M:4096:z")
+            again=f"kho=on liveupdate=on {RAMOOPS} reserve_mem=2M:4096:z")
         done.expect(3)
     for stage in 2, 3:
-        pmsg = done.reported(stage, "pmsg")
-        expect(f"pmsg has: {pmsg}", pmsg == [texts[stage - 2]])
+        expect_pmsg(done, stage, texts[stage - 2])
         expect(f"the console of kernel {stage - 1} is not in pstore",
                done.reported(stage, "console") not in ([], ["0"]))
     expect("z was there before", not done.said(2, "Revived memory reservation 'z'"))
@@ -289,6 +304,19 @@ def rust_to_c(log):
 
 
 @test
+def fewer_nodes(log):
+    """C on two nodes -> R that knows of none, and back: the table of scratch areas may be longer"""
+    with make(log, C, other=P) as guest:
+        done = guest.run("kho=on liveupdate=on", [
+            PRESERVE + SCRATCH + "next_kernel other", RENEW + "next_kernel next", RETRIEVE], smp=2, nodes=2)
+        done.expect(3)
+        guest.expect_files(done, 1, 2, 3)
+        areas = len(done.reported(1, "scratch"))
+        expect(f"{areas} areas of scratch", areas == 4)
+        done.expect_line(2, "KHO: takeover: ")
+
+
+@test
 def debugfs_off(log):
     """R -> R with debugfs=off -> R"""
     with make(log) as guest:
@@ -302,19 +330,24 @@ def debugfs_off(log):
 
 @test
 def kho_off_second(log):
-    """R -> R with kho=off: the handover is refused and no memory lost"""
-    with make(log, size=256 << 20) as guest:
-        cold = guest.run("kho=off", [MEMORY])
-        cold.expect(1)
-        done = guest.run("kho=on liveupdate=on", [PRESERVE + "next_kernel next", MEMORY],
-                         again="kho=off liveupdate=on" + (" reserve_mem=200M:4096:gone" if BREAK else ""))
+    """R -> R with kho=off: reserve_mem= finds its region, and nobody gets the rest"""
+    text, size = "carried although KHO is off", 64 << 20
+    with make(log, size=size) as guest:
+        done = guest.run(f"kho=on liveupdate=on {RAMOOPS}", [
+            WRITE_PMSG.format(text if not BREAK else "else") + WHOLE + "next_kernel next",
+            "[ ! -e /dev/liveupdate ] || fail /dev/liveupdate is there" + READ_PMSG + "umount /tmp" + FILL],
+            again=f"kho=off liveupdate=on {RAMOOPS}", ram=guest.dir / "ram")
         done.expect(2)
         guest.expect_files(done, 1)
-    for word in "MemTotal:", "MemAvailable:":
-        was, now = (int(r.reported(s, word)[0]) for r, s in ((cold, 1), (done, 2)))
-        expect(f"{word} {now} kB, {was} kB after a cold boot", abs(was - now) * 20 < was)
-    lines = done.said(2, r"KHO: handover refused")
-    expect(f"{len(lines)} lines about a refused handover", len(lines) == 1)
+        expect_pmsg(done, 2, text)
+        with Ram(guest.dir / "ram", 1 << 30) as ram:
+            content = b"".join(ram.read(pfn << 12) for pfn in frames(guest))
+        expect("the file was overwritten", content[:size] == data(size))
+    lines = done.said(2, r"KHO: off, but \d+ KiB were handed over and stay reserved until they are restored")
+    expect(f"{len(lines)} lines about it: {lines}", len(lines) == 1)
+    kept = int(re.findall(r"\d+", lines[0])[0])
+    expect(f"{kept} KiB", size + (4 << 20) <= kept << 10 <= size + (16 << 20))
+    expect("refused", not done.said(2, "KHO: handover refused"))
 
 
 @test
@@ -506,6 +539,33 @@ def numa(log):
         g.expect_round_trip(guest, done)
         shmem = re.search(r"\d+(?= kB)", done.reported(1, "Node 1 Shmem:")[0])[0]
         expect(f"node 1 has {shmem} kB", int(shmem) >= 64 << 10)
+
+
+@test
+def plugged(log):
+    """R -> R, memory that was plugged in: it cannot be preserved, and what is elsewhere is there"""
+    with make(log) as guest:
+        done = guest.run("kho=on liveupdate=on memhp_default_state=offline", ["""
+            check kho-guest preserve run /mnt
+            report step plugging in memory
+            free() { awk '$1 == "MemTotal:" { print $2 }' /proc/meminfo; }
+            before=$(free)
+            for block in /sys/devices/system/memory/memory*; do
+                [ "$(cat $block/state)" = online ] || echo online >$block/state || fail "$block"
+            done
+            report plugged $((($(free) - before) / 1024))
+            check kho-guest try 150000
+            check kho-guest try 1
+            next_kernel next
+            """, RETRIEVE], mem="512M", plug="1G" if not BREAK else None)
+        done.expect(2)
+        guest.expect_files(done, 1, 2)
+    expect(f"{done.reported(1, 'plugged')} MiB", done.reported(1, "plugged") == ["1024"])
+    # What has nowhere else to be, and what an allocator prefers to put there.
+    tried = done.reported(1, "tried")
+    expect(f"preserving it: {tried}", tried and all(int(line.split()[2]) > 0 for line in tried))
+    done.expect_line(2, "KHO restore succeeded")
+    return ", ".join(tried)
 
 
 @test
@@ -767,36 +827,108 @@ def readers(log):
     return f"{len(said('unplugged'))} blocks unplugged"
 
 
-# Handovers that are broken on their way.  The guest's memory is a file that we
-# change while kernel 1 waits, so that the kernels need no hook for this.
+# Handovers that are changed on their way.  The guest's memory is a file into which we
+# write while kernel 1 waits, so that the kernels need no hook for this.
 
-def root_fdts(ram):
-    """Addresses of the pages that hold a root FDT of KHO."""
-    at = ram.find(b"\xd0\x0d\xfe\xed")
-    while at >= 0:
-        if at % 4096 == 0 and b"kho-v4\0" in ram[at:at + 4096]:
-            yield at
-        at = ram.find(b"\xd0\x0d\xfe\xed", at + 4)
+class Ram:
+    """A guest's memory by physical address, of which the file has no hole below 4 GiB."""
+
+    def __init__(self, path, size, scratch=(), spare=()):
+        self.file = os.open(path, os.O_RDWR)
+        self.size, self.low = size, size if size < 0xe0000000 else 3 << 30
+        # Where scratch is, in frames, and addresses of empty pages that nobody will miss.
+        self.scratch = scratch
+        self.spare = (pfn << 12 for pfn in spare if not self.in_scratch(pfn))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        os.close(self.file)
+
+    def _offset(self, at):
+        return at if at < self.low else at - (4 << 30) + self.low
+
+    def read(self, at, size=4096):
+        return os.pread(self.file, size, self._offset(at))
+
+    def write(self, at, content):
+        os.pwrite(self.file, content, self._offset(at))
+
+    def word(self, at):
+        return struct.unpack("=Q", self.read(at, 8))[0]
+
+    def table(self, at):
+        return list(struct.unpack("=512Q", self.read(at)))
+
+    def in_scratch(self, pfn):
+        return any(start <= pfn < end for start, end in self.scratch)
+
+    def ends(self):
+        """The frames behind which RAM ends."""
+        return self.low >> 12, (self.size + (4 << 30) - self.low >> 12 if self.low < self.size else 0)
+
+    def root_fdts(self):
+        """Addresses of the pages that hold a root FDT of KHO."""
+        at = 0
+        while at < self.size:
+            try:
+                at = os.lseek(self.file, at, os.SEEK_DATA) & ~4095
+            except OSError:
+                return
+            part = os.pread(self.file, 1 << 20, at)
+            for page in range(0, len(part), 4096):
+                if part.startswith(b"\xd0\x0d\xfe\xed", page) and b"kho-v4\0" in part[page:page + 4096]:
+                    yield at + page + (self._hole() if at + page >= self.low else 0)
+            at += len(part)
+
+    def _hole(self):
+        return (4 << 30) - self.low
 
 
 def break_fdt(old, new):
     def damage(ram, fdt):
-        at = ram[fdt:fdt + 4096].index(old)
-        ram[fdt + at:fdt + at + len(new)] = new
+        ram.write(fdt + ram.read(fdt).index(old), new)
     return damage
+
+
+def subtrees(ram, fdt):
+    """The nodes of the root FDT and their properties."""
+    return fdt_nodes(ram.read(fdt, struct.unpack(">I", ram.read(fdt + 4, 4))[0]))
+
+
+def add_subtrees(ram, fdt, blobs):
+    """Adds nodes to the root FDT, {name: (address, size)}."""
+    page = ram.read(fdt)
+    _, total, structs, strings, _, *versions = struct.unpack(">8I", page[:32])
+    names_size, struct_size = struct.unpack(">2I", page[32:40])
+    names = page[strings:strings + names_size]
+    # Without the ends of the root node and of all.
+    block = page[structs:structs + struct_size - 8]
+    for name, values in blobs.items():
+        name = name.encode() + b"\0"
+        block += struct.pack(">I", 1) + name + bytes(-len(name) % 4)
+        for of, value in zip((b"preserved-data\0", b"blob-size\0"), values):
+            block += struct.pack(">3I", 3, 8, names.index(of)) + struct.pack("=Q", value)
+        block += struct.pack(">I", 2)
+    block += struct.pack(">2I", 2, 9)
+    # The header, an empty list of reservations, then both blocks.
+    end = 56 + len(block) + len(names)
+    header = struct.pack(">10I", 0xd00dfeed, max(total, end), 56, 56 + len(block), 40, *versions,
+                         len(names), len(block))
+    expect(f"the FDT has no room: {end}", end <= 4096)
+    ram.write(fdt, (header + bytes(16) + block + names).ljust(total, b"\0"))
 
 
 def map_property(ram, fdt):
     """Where the FDT holds the address of the tree's root, and that address."""
-    size, = struct.unpack_from(">I", ram, fdt + 4)
-    address = fdt_nodes(ram[fdt:fdt + size])[""]["preserved-memory-map"]
-    return fdt + ram[fdt:fdt + 4096].index(address), struct.unpack("=Q", address)[0]
+    address = subtrees(ram, fdt)[""]["preserved-memory-map"]
+    return fdt + ram.read(fdt).index(address), struct.unpack("=Q", address)[0]
 
 
 def break_root(address):
     def damage(ram, fdt):
-        at, _ = map_property(ram, fdt)
-        struct.pack_into("=Q", ram, at, address)
+        ram.write(map_property(ram, fdt)[0], struct.pack("=Q", address))
     return damage
 
 
@@ -804,9 +936,9 @@ def break_node(change):
     """change(table, used, node): of the tree's root node, its last used entry, its address."""
     def damage(ram, fdt):
         _, node = map_property(ram, fdt)
-        table = list(struct.unpack_from("=512Q", ram, node))
+        table = ram.table(node)
         change(table, max(index for index, entry in enumerate(table) if entry), node)
-        struct.pack_into("=512Q", ram, node, *table)
+        ram.write(node, struct.pack("=512Q", *table))
     return damage
 
 
@@ -830,7 +962,7 @@ def leaves(ram, fdt):
         if level == 0:
             yield first, node
             return
-        for index, entry in enumerate(struct.unpack_from("=512Q", ram, node)):
+        for index, entry in enumerate(ram.table(node)):
             if entry:
                 yield from below(entry, level - 1, first | index << 15 + 9 * (level - 1))
     return dict(below(map_property(ram, fdt)[1], 5, 0))
@@ -839,7 +971,7 @@ def leaves(ram, fdt):
 def blocks(ram, fdt):
     """The preserved blocks: frame number and order of each."""
     for first, leaf in leaves(ram, fdt).items():
-        bits = int.from_bytes(ram[leaf:leaf + 4096], "little")
+        bits = int.from_bytes(ram.read(leaf), "little")
         while bits:
             key = first | (bits & -bits).bit_length() - 1
             order = 52 - (key.bit_length() - 1)
@@ -847,44 +979,65 @@ def blocks(ram, fdt):
             bits &= bits - 1
 
 
-def add_block(ram, fdt, pfn, order):
-    """Preserves one more block, if that takes no more than a bit; returns whether it does."""
-    key = 1 << 52 - order | pfn >> order
-    leaf = leaves(ram, fdt).get(key & ~0x7fff)
-    if leaf is not None:
-        ram[leaf + (key & 0x7fff) // 8] |= 1 << key % 8
-    return leaf is not None
+def entries_to(ram, fdt, key):
+    """Addresses of the entries on the way to a key's leaf; nodes that are missing are made."""
+    node = map_property(ram, fdt)[1]
+    for level in range(5, 0, -1):
+        at = node + 8 * (key >> 15 + 9 * (level - 1) & 511)
+        yield at
+        node = ram.word(at)
+        if not node:
+            node = next(ram.spare)
+            ram.write(node, bytes(4096))
+            ram.write(at, struct.pack("=Q", node))
 
 
-def block_beyond_memory(ram, fdt):
-    # A leaf of order 3 or more reaches beyond the guest's 512 MiB.
-    expect("no leaf of order 3", any([add_block(ram, fdt, 512 << 8, order) for order in range(3, 10)]))
+def key_of(pfn, order):
+    return 1 << 52 - order | pfn >> order
 
 
+def add_block(ram, fdt, pfn, order=0):
+    """Preserves one more block."""
+    key = key_of(pfn, order)
+    *_, entry = entries_to(ram, fdt, key)
+    at = ram.word(entry) + (key & 0x7fff) // 8
+    ram.write(at, bytes([ram.read(at, 1)[0] | 1 << key % 8]))
+
+
+def leaf_unaligned(ram, fdt):
+    """Breaks the way to the largest blocks."""
+    order = max(order for _, order in blocks(ram, fdt))
+    pfn = next(pfn for pfn, its in blocks(ram, fdt) if its == order)
+    *_, entry = entries_to(ram, fdt, key_of(pfn, order))
+    ram.write(entry, struct.pack("=Q", ram.word(entry) + 8))
+
+
+# Kinds of damage, and of which orders nothing can be read then.
+ALL, ORDER_0 = range(52), range(1)
 DAMAGE = {
-    "magic": break_fdt(b"\xd0\x0d\xfe\xed", b"\xd0\x0d\xfe\xee"),
-    "compatible": break_fdt(b"kho-v4", b"kho-v9"),
-    "no map": break_fdt(b"preserved-memory-map", b"preserved-memory-mop"),
-    "root beyond memory": break_root(1 << 45),
-    "root unaligned": break_root(0x1000001),
-    "node beyond memory": point(lambda entry, node: 1 << 45),
-    "node unaligned": point(lambda entry, node: entry + 8),
-    "node within itself": point(lambda entry, node: node),
-    "node twice": move(1, keep=1),
+    "magic": (break_fdt(b"\xd0\x0d\xfe\xed", b"\xd0\x0d\xfe\xee"), ALL),
+    "compatible": (break_fdt(b"kho-v4", b"kho-v9"), ALL),
+    "no map": (break_fdt(b"preserved-memory-map", b"preserved-memory-mop"), ALL),
+    "root beyond memory": (break_root(1 << 45), ALL),
+    "root unaligned": (break_root(0x1000001), ALL),
+    "node beyond memory": (point(lambda entry, node: 1 << 45), ORDER_0),
+    "node unaligned": (point(lambda entry, node: entry + 8), ORDER_0),
+    "node within itself": (point(lambda entry, node: node), ORDER_0),
+    "leaf unaligned": (leaf_unaligned, range(8, 52)),
+    "node twice": (move(1, keep=1), range(2)),
     # The mark of order 0 is gone, what was an address now says the order.
-    "orders": move(0),
-    "key too wide": move(511),
-    "block beyond memory": block_beyond_memory,
+    "orders": (move(0), ALL),
+    "key too wide": (move(511), ORDER_0),
 }
 
 
 @test
 def bad_handover(log):
-    """R -> R with a damaged handover: one line, and a cold start"""
+    """R -> R with a broken structure: one line, and nobody gets what can still be read of it"""
     results = []
-    for name, damage in DAMAGE.items():
+    for name, (damage, unreadable) in DAMAGE.items():
         try:
-            damaged(log, damage)
+            damaged(log, damage, unreadable)
         except Fail as fail:
             results.append(f"{name}: {fail}")
         log.rename(log.with_suffix(f".{name.replace(' ', '-')}.log"))
@@ -892,14 +1045,96 @@ def bad_handover(log):
     return f"{len(DAMAGE)} kinds of damage"
 
 
+def damaged(log, damage, unreadable):
+    before = {}
+
+    def note_and_damage(ram, fdt):
+        ours = set(frames(guest))
+        for pfn, order in blocks(ram, fdt):
+            for pfn in ours & set(range(pfn, pfn + (1 << order))) if order not in unreadable else ():
+                before[pfn] = ram.read(pfn << 12)
+        damage(ram, fdt)
+
+    with make(log) as guest:
+        done = meddle(guest, note_and_damage, FILL, first=WHOLE)
+        lines = done.said(2, r"KHO: (?!found kexec handover|exec from|takeover:|scratch |\d+ KiB that)")
+        expect(f"{len(lines)} lines about the damage", len(lines) == 1)
+        expect("the data was taken over", not done.said(2, "KHO restore succeeded"))
+        if unreadable == ALL:
+            return
+        expect("nothing that can be read", len(before) > 8)
+        line = done.expect_line(2, r"KHO: \d+ KiB that the refused handover names stay reserved")
+        expect(f"{len(before)} pages can be read, {line}", int(re.findall(r"\d+", line)[0]) >= 4 * len(before))
+        with Ram(guest.dir / "ram", 512 << 20) as ram:
+            lost = [pfn for pfn, page in before.items() if ram.read(pfn << 12) != page]
+        expect(f"{len(lost)} of {len(before)} pages were overwritten", not lost)
+
+
+@test
+def bad_items(log):
+    """R -> R, blocks that cannot be taken over and subtrees that are broken: each costs itself"""
+    lost, kept, bad = [], [], {}
+
+    def add_bad(ram, fdt):
+        held = {pfn for first, order in blocks(ram, fdt) for pfn in range(first, first + (1 << order))}
+        # An edge of scratch in the middle of a block, whose other half is RAM.
+        edge, order = next((edge, order) for area in ram.scratch for edge in area for order in range(11, 14)
+                           if edge & (1 << order) - 1)
+        half = edge >> order << order
+        area = ram.scratch[0][0]
+        lost.extend([
+            # In scratch, as regions of reserve_mem= that another kernel preserved.
+            (area + 8, 0), (area + 1024, 9), (half, order),
+            # Where no RAM is, and behind its end.
+            (0xa0, 0), (512 << 8, 3), (513 << 8, 5),
+        ])
+        kept.extend(pfn for pfn in range(half, half + (1 << order)) if not ram.in_scratch(pfn))
+        for pfn, order in lost:
+            add_block(ram, fdt, pfn, order)
+        single = next(pfn for pfn in frames(guest) if pfn + 1 not in held)
+        bad.update({
+            "empty": (single << 12, 0), "wrapping": ((1 << 64) - 4096, 8192), "nowhere": (1 << 45, 64), "free": (next(ram.spare), 64),
+            "partly": (single << 12, 4097), "scratch": (area + 8 << 12, 64),
+        })
+        add_subtrees(ram, fdt, {**bad, "good": (single << 12, 4096)})
+        # These are looked at in kernel 2.
+        (guest.share / "lost").mkdir()
+        (guest.share / "lost/frames").write_text("".join(f"{pfn}\n" for pfn in kept))
+
+    with make(log) as guest:
+        done = meddle(guest, add_bad, RETRIEVE + SAVE_FDT + """
+            for blob in /sys/kernel/debug/kho/in/sub_fdts/*; do cat "$blob" >/dev/null || fail "$blob"; done
+            """ + FILL + "check kho-guest waiting /mnt/lost", first=WHOLE)
+        guest.expect_files(done, 1, 2)
+    done.expect_line(2, "KHO restore succeeded")
+    lines = done.said(2, "KHO: .*cannot be restored")
+    expect(f"lost {len(lost)} blocks: {lines}", len(lines) == 1 and lines[0].startswith(
+        f"KHO: takeover: {len(lost)} blocks are not RAM outside scratch and cannot be restored, the first at 0x"))
+    names = [line.split()[2] for line in done.said(2, r"KHO: subtree \S+ ignored: ")]
+    expect(f"ignored: {names}", sorted(names) == sorted(bad))
+    blobs = {line.split()[0] for line in done.reported(2, "in blob")}
+    expect(f"subtrees in debugfs: {blobs}", blobs == {"LUO", "kexec-metadata", "kho_test", "good"})
+    expect_waiting(done, number=len(kept))
+    return f"{len(lost)} blocks, {len(bad)} subtrees"
+
+
+@test
+def bad_memblock(log):
+    """R -> R, reserve_mem= finds a blob that is empty and nowhere"""
+    with make(log) as guest:
+        # With KHO on, what it allocates instead would be handed over.
+        done = meddle(guest, lambda ram, fdt: add_subtrees(ram, fdt, {"memblock": (1 << 45, 0)}), FILL,
+                      again="kho=off reserve_mem=2M:4096:ramoops")
+    done.expect_line(2, r"KHO: subtree memblock ignored: ")
+
+
 @test
 def overlap(log):
     """R -> R with a page that is also in a larger block: said, and everything is there"""
     def preserve_twice(ram, fdt):
-        larger = [(pfn, order) for pfn, order in blocks(ram, fdt) if order]
         # The last page of a block; the first one is where its owner's mark goes.
-        expect("no place for it", any(add_block(ram, fdt, pfn + (1 << order) - 1, 0)
-                                      for pfn, order in larger))
+        pfn, order = next((pfn, order) for pfn, order in blocks(ram, fdt) if order)
+        add_block(ram, fdt, pfn + (1 << order) - 1)
 
     with make(log) as guest:
         done = meddle(guest, preserve_twice, RETRIEVE)
@@ -915,10 +1150,9 @@ def early_restore(log):
         # LUO's page is where struct pages are early; what is in the spare one nobody wants.
         spare = frames(guest)[-1]
         expect(f"frame {spare:#x} is not in deferred memory", spare >= DEFERRED)
-        blob = fdt_nodes(ram[fdt:fdt + struct.unpack_from(">I", ram, fdt + 4)[0]])["/LUO"]
-        luo, = struct.unpack("=Q", blob["preserved-data"])
-        ram[spare << 12:(spare + 1) << 12] = ram[luo:luo + 4096]
-        break_fdt(blob["preserved-data"], struct.pack("=Q", spare << 12))(ram, fdt)
+        address = subtrees(ram, fdt)["/LUO"]["preserved-data"]
+        ram.write(spare << 12, ram.read(struct.unpack("=Q", address)[0]))
+        break_fdt(address, struct.pack("=Q", spare << 12))(ram, fdt)
 
     with scattered(log) as guest:
         # LUO writes where its sessions are when kexec happens, which is too late for the new page.
@@ -930,35 +1164,104 @@ def early_restore(log):
     expect_waiting(done, but=1)
 
 
-def damaged(log, damage):
+# Machines that would take long to fill: the pages are preserved from outside.
+
+def one_per_grain(ram, fdt, end):
+    """Preserves a page in every 4 MiB below a frame; returns their number."""
+    held = {pfn >> 10 for pfn, _ in blocks(ram, fdt)}
+    low, high = ram.ends()
+    count = 0
+    for grain in range(end >> 10):
+        pfn = (grain << 10) + 600
+        in_ram = pfn < low or 1 << 20 <= pfn < high
+        if in_ram and grain not in held and not ram.in_scratch(pfn):
+            add_block(ram, fdt, pfn)
+            count += 1
+    return count
+
+
+@test
+def early_page_ext(log):
+    """R -> R in 10 GiB, all of it withheld: what page_ext_init() takes early must be there"""
+    counts = []
     with make(log) as guest:
-        done = meddle(guest, damage, "report step cold")
-        lines = done.said(2, r"KHO: (?!found kexec handover|exec from|takeover:|scratch )")
-        expect(f"{len(lines)} lines about the damage", len(lines) == 1)
-        expect("the data was taken over", not done.said(2, "KHO restore succeeded"))
+        done = meddle(guest, lambda *at: counts.append(one_per_grain(*at, end=1 << 22)), RETRIEVE, mem="10G",
+                      again="page_owner=on early_page_ext", timeout=300)
+        guest.expect_files(done, 1, 2)
+    expect(f"pages in {counts} grains", counts and min(counts) > 2000)
+    expect(f"{g.takeover(done, 2)['pages']} pages", g.takeover(done, 2)["pages"] >= counts[0])
+    return f"{counts[0]} grains"
 
 
-def meddle(guest, damage, then, first=PRESERVE, mem="512M"):
-    """A kexec, with damage(ram, fdt) done to kernel 1 right before it."""
+# No suites, but the user of the API that comes with them.
+API_USER = "kunit.filter_glob=none*"
+
+
+@test
+def low_zones(log):
+    """R -> R in 6 GiB, a page in each grain below 2 GiB: low memory is there before any driver"""
+    counts = []
+    with make(log, K) as guest:
+        done = meddle(guest, lambda *at: counts.append(one_per_grain(*at, end=1 << 19)), RETRIEVE, mem="6G",
+                      args=API_USER, timeout=300)
+        guest.expect_files(done, 1, 2)
+    expect(f"pages in {counts} grains", counts and min(counts) > 400)
+    early = [done.expect_line(stage, "kho_kunit: early: ") for stage in (1, 2)]
+    cold, now = (int(re.findall(r"\d+", line)[0]) for line in early)
+    # Scratch that was handed over is where the kernel put it: it is low memory in both.
+    expect(f"{now} MiB of low memory, {cold} MiB after a cold boot", cold - 64 <= now)
+    expect(early[1], early[1].endswith("yes"))
+    return f"{now} MiB, and {cold} MiB after a cold boot"
+
+
+@test
+def every_way(log):
+    """R -> R, memory that was preserved in every way that the API has"""
+    with Guest(log, K) as guest:
+        done = guest.run(f"kho=on {API_USER} {'' if BREAK else 'kho_kunit_leave'}", ["next_kernel next", ""])
+    done.expect(2)
+    done.expect_line(1, "kho_kunit: left for the next kernel: 0")
+    lines = [line.removeprefix("kho_kunit: ") for line in done.said(2, "kho_kunit: (?!early)")]
+    expect(f"{lines}", lines == [f"{what} came back" for what in ("folios", "pages", "range", "area")])
+
+
+def meddle(guest, damage, then, first=PRESERVE, mem="512M", args="", again="", timeout=120, **options):
+    """A kexec, with damage(ram, fdt) done to kernel 1 right before it.
+
+    args: for both kernels; again: for the second one.
+    """
     ram_path, state, failed = guest.dir / "ram", [], []
+
+    def numbers(name):
+        return [int(word, 0) for word in (guest.share / name).read_text().split()]
 
     def during():
         if state or not (guest.share / "waiting").exists():
             return
-        with open(ram_path, "r+b") as file, mmap.mmap(file.fileno(), 0) as ram:
-            state.extend(root_fdts(ram))
+        areas = [(start >> 12, start + size >> 12)
+                 for start, size in zip(numbers("scratch_phys"), numbers("scratch_len"))]
+        with Ram(ram_path, g.megabytes(mem) << 20, areas, numbers("donated/frames")) as ram:
+            state.extend(ram.root_fdts())
             try:
                 for fdt in state if not BREAK else ():
                     damage(ram, fdt)
-            except Fail as fail:
+            except Exception as fail:
                 failed.append(fail)
         (guest.share / "go").touch()
 
-    done = guest.run("kho=on liveupdate=on", [first + """
+    done = guest.run(f"kho=on liveupdate=on {args}", ["""
+        mkdir /mnt/donated
+        check kho-guest donate /mnt/donated 512
+        # What was preserved for that is given up: nodes that are empty then go a second later.
+        sleep 2
+        """ + first + """
+        cat /sys/kernel/debug/kho/out/scratch_phys >/mnt/scratch_phys
+        cat /sys/kernel/debug/kho/out/scratch_len >/mnt/scratch_len
         touch /mnt/waiting
         while [ ! -e /mnt/go ]; do sleep 0.1; done
         next_kernel next
-        """, then], mem=mem, ram=ram_path, during=during, timeout=120)
+        """, then], again=f"kho=on liveupdate=on {args} {again}", mem=mem, ram=ram_path, during=during,
+        timeout=timeout, **options)
     expect("kernel 1 has no root FDT", state)
     for fail in failed:
         raise fail
@@ -970,8 +1273,9 @@ def one(number, name):
     log = g.CACHE / f"log/qemu/{name}.log"
     start = time.time()
     try:
-        others = {"c-to-rust": C, "rust-to-c": C, "scatter-plain": P}
-        for kernel in {R, others.get(name, R)}:
+        others = {"c-to-rust": (C,), "rust-to-c": (C,), "scatter-plain": (P,), "fewer-nodes": (C, P),
+                  "low-zones": (K,), "every-way": (K,)}
+        for kernel in {R, *others.get(name, ())}:
             expect(f"no {Path(kernel).name}_KERNEL", Path(kernel).exists())
         note = TESTS[name](log)
         status, text = "ok", f" # {note}" if note else ""
