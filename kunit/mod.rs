@@ -313,17 +313,18 @@ mod radix {
             assert_eq!(crate::kho_radix_walk_tree(tree, &walk, data), 0);
             assert_eq!(nodes.count, 6);
             assert_eq!(nodes.at[0], root.phys);
+            let at = nodes.at;
             // What a callback returns ends the walk: there is no room for more nodes.
             nodes.count = 4;
             assert_eq!(crate::kho_radix_walk_tree(tree, &walk, data), -8);
 
             // The owner takes the nodes back, for something else, and uses the root again.
-            for phys in &nodes.at[..6] {
+            for phys in &at[..6] {
                 clear(*phys);
             }
             assert_eq!(crate::kho_radix_init_tree(tree, page), 0);
             assert_eq!(crate::kho_radix_add_key(tree, 6), 0);
-            for phys in &nodes.at[1..6] {
+            for phys in &at[1..6] {
                 assert!(is_zero(*phys));
                 kho_sys::free_page(*phys);
             }
