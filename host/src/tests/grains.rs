@@ -489,6 +489,34 @@ fn keys_of_ranges_in_a_row() {
 }
 
 /// Where room was made for a run, adding any key of it needs no memory.
+/// What is marked in a grain: the words of a leaf between two keys, against a list of them.
+#[test]
+fn words_between_keys() {
+    let mut rng = Rng::new(23);
+    let base = 3 * LEAF;
+    for turn in 0..60 {
+        let set: Set = (0..rng.below(400)).map(|_| base + rng.below(LEAF)).collect();
+        let mem = set_mem();
+        let tree = tree_of(&mem, &set, &[base]);
+        let leaf = tree.find_leaf(key(base)).unwrap();
+        for step in 0..200 {
+            // Within one word, around the borders of words and of the leaf, and anything.
+            let near = [0, 63, 64, LEAF - 65, LEAF - 1, rng.below(LEAF)][(turn + step) % 6];
+            let first = (near + rng.below(4)).min(LEAF - 1);
+            let last = (first + rng.bits(1 + step as u64 % 15)).min(LEAF - 1);
+            let (first, last) = (base + first, base + last);
+            let mut found = Set::new();
+            let mut words = Set::new();
+            for (start, word) in leaf.words_between(key(first), key(last)) {
+                assert!(start % 64 == 0 && words.insert(start), "{start:#x} comes twice");
+                found.extend((0..64).filter(|bit| word >> bit & 1 == 1).map(|bit| start + bit));
+            }
+            let expected: Set = set.range(first..=last).copied().collect();
+            assert_eq!(found, expected, "{first:#x} to {last:#x}");
+        }
+    }
+}
+
 #[test]
 fn room_is_made() {
     for (first, count) in [
