@@ -420,6 +420,9 @@ impl<'m, M: NodeMem> Stock<'m, M> {
 
     /// Links the nodes below `level` into a subtree that holds `key` only, and returns its top.
     /// [`None`] means that there are not enough of them.
+    ///
+    /// A stock is for one key, and so each of its nodes for one entry: what an attempt has written
+    /// that came to nothing is written again by the next one.
     fn link(&self, level: u32, key: Key) -> Option<NodeAddr> {
         let mut below = (leaf_index(key), leaf_mask(key));
         let mut top = None;
@@ -433,17 +436,6 @@ impl<'m, M: NodeMem> Stock<'m, M> {
             below = (table_index(key, at), addr.get());
         }
         top
-    }
-
-    /// Undoes [`Stock::link`], when somebody else has published that subtree or nodes were missing.
-    fn unlink(&self, level: u32, key: Key) {
-        let mut index = leaf_index(key);
-        let mut at = 0u32;
-        while let Some(Some(addr)) = self.nodes.get(at as usize).filter(|_| at < level) {
-            self.mem.node(*addr).word(index).store(0);
-            at = at.wrapping_add(1);
-            index = table_index(key, at);
-        }
     }
 
     /// Forgets the nodes below `level`, which are in the tree now.
@@ -685,14 +677,11 @@ impl<M: NodeMem> Tree<M> {
                                 stock.spend(level);
                                 return Ok(true);
                             }
-                            stock.unlink(level, key);
                             continue;
                         }
                     },
                 }
             };
-            // What `link` wrote before it found a node missing.
-            stock.unlink(missing, key);
             stock.fill(missing)?;
         }
     }
