@@ -7,8 +7,8 @@
 //! - `kho_scratch=N%`: in proportion to what early boot has allocated;
 //! - `kho_scratch=LOWMEM,GLOBAL,PERNODE`: sizes in bytes, with K, M, G, T, P or E behind them.
 //!
-//! What `reserve_mem=` has asked for matters as well: the next kernel finds those regions where they
-//! are, and does not allocate them again.
+//! What `reserve_mem=` has asked for matters as well: the next kernel finds those regions where
+//! they are, and does not allocate them again.
 
 /// How large the scratch areas are to be.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -260,7 +260,8 @@ impl Shortage {
 }
 
 /// What has been short while a loader tries one place for the kernel after the other, because the
-/// other segments have to go behind it. Only when there is no further place the image is not loaded.
+/// other segments have to go behind it. The image is not loaded only when there is no further
+/// place.
 pub(crate) struct Attempts(Option<Shortage>);
 
 impl Attempts {

@@ -5,8 +5,8 @@
 //! ```text
 //!  early_param           parse()     kho_scratch=
 //!  mm_core_init()        reserve()   areas reserved, in terms of memblock; or only report()
-//!  fs_initcall           cut()       in a kernel that was handed over to: less what reserve_mem= has
-//!                        open()      they go to the page allocator, for movable memory only
+//!  core_initcall         cut()       after a handover: without what reserve_mem= has of them
+//!  fs_initcall           open()      they go to the page allocator, for movable memory only
 //!                        free()      or for any use, if there will be no handover
 //! ```
 //!

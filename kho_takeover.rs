@@ -63,9 +63,9 @@ const ORDERS: usize = Order::MAX.get() as usize + 1;
 /// Keys, and so frames of a chart, in a leaf.
 const LEAF_SIZE: u64 = 1 << LEAF_BITS;
 
-/// Memory that memblock may allocate from before takeover, next to scratch, is found in whole blocks
-/// of this size, as in the C implementation: coarse enough to be quick on large machines, and of no
-/// use on small ones.
+/// Memory that memblock may allocate from before takeover, next to scratch, is found in whole
+/// blocks of this size, as in the C implementation: coarse enough to be quick on large machines,
+/// and of no use on small ones.
 pub(crate) const EXTENSION: u64 = 1 << 30;
 
 /// Why a handover is refused.

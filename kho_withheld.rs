@@ -25,12 +25,12 @@
 //!   a grain. So nothing in it needs a struct page before the first of its pages is given back,
 //!   and then all of them have one. That is what all deferred memory relies on, too.
 //! - *Others' memory.* A grain of which anything is reserved already, is no RAM, is scratch, or
-//!   belongs to two nodes or zones is a *mixed* one. It is dealt with page by page, at once: what is
-//!   not ours counts as held, and all struct pages are initialised. What is given back of it is cut
-//!   where its node or zone ends.
+//!   belongs to two nodes or zones is a *mixed* one. It is dealt with page by page, at once: what
+//!   is not ours counts as held, and all struct pages are initialised. What is given back of it is
+//!   cut where its node or zone ends.
 //! - *Having memory until then.* What lies below the first deferred page of its node is given back
-//!   right after `memblock_free_all()`, as everybody's memory there is: all of it where struct pages
-//!   are not deferred, and all of the lower zones elsewhere.
+//!   right after `memblock_free_all()`, as everybody's memory there is: all of it where struct
+//!   pages are not deferred, and all of the lower zones elsewhere.
 //! - *Restoring until then.* A caller that restores a block before `page_alloc_init_late()` has its
 //!   grain opened first, see [`settle`].
 //!
@@ -712,7 +712,7 @@ fn init_deferred(frames: Frames) {
 /// Initialises the struct pages of a grain that is only ours.
 ///
 /// They differ in nothing but the list head that points to itself: all of a grain is in one zone,
-/// node and section. So `__init_single_page()` initialises the first, and the rest are copies of it.
+/// node and section. So `__init_single_page()` initialises the first; the rest are copies of it.
 #[link_section = ".init.text"]
 fn init_grain(grain: Frames) {
     const WORDS: usize = size_of::<bindings::page>() / size_of::<usize>();

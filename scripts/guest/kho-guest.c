@@ -41,7 +41,7 @@
 #define MAX_FILES	1024
 #define PAGE		4096
 /* In /proc/kpageflags. */
-#define RESERVED	(1UL << 32)
+#define RESERVED	0x100000000UL
 #define LARGE_GAP	((240 << 20) / PAGE)
 
 static int fds[MAX_FILES + 1];
