@@ -586,14 +586,14 @@ pub(crate) fn make_room<S: NodeMem>(set: &Tree<S>, run: Run) -> Result<(), NoMem
 
 /// Returns how many runs of grains memblock is told of at the most, on a machine with `ram` frames.
 ///
-/// One for each 64 MiB, and 256 at least: with fewer, [`coarsen`] would keep more memory back than
+/// One for each 16 MiB, and 256 at least: with fewer, [`coarsen`] would keep more memory back than
 /// it need, on the machines whose users scatter thousands of pages (LUO's lists of folios alone are
 /// that many on a host of 1 TiB). 16384 are enough, and are an array of 384 KiB; but what lies
 /// apart by [`EXTENSION`] is not joined, and needs a run of its own.
 #[link_section = ".init.text"]
 pub(crate) fn region_limit(ram: u64) -> usize {
     let per = |bytes: u64| ram / (bytes >> PAGE_SHIFT).max(1);
-    let limit = per(64 << 20).clamp(256, 16384);
+    let limit = per(16 << 20).clamp(256, 16384);
     limit.max(per(EXTENSION).saturating_add(1)) as usize
 }
 
@@ -626,12 +626,21 @@ pub(crate) fn coarsen<S: NodeMem>(
     limit: usize,
 ) -> Result<(), NoMemory> {
     let longest = (EXTENSION >> PAGE_SHIFT).wrapping_shr(grain.get());
-    let mut gap = 1u64;
+    // Closing gaps shorter than `short` leaves too many runs; shorter than `gap`, it need not.
+    let (mut short, mut gap) = (0u64, 1u64);
     while gap < longest && runs_apart(grains, last, gap) > limit {
+        short = gap;
         gap = gap.saturating_mul(2).min(longest);
     }
     if gap == 1 {
         return Ok(());
+    }
+    while gap.saturating_sub(short) > 1 {
+        let middle = short.midpoint(gap);
+        match runs_apart(grains, last, middle) > limit {
+            true => short = middle,
+            false => gap = middle,
+        }
     }
     let mut end: Option<u64> = None;
     for run in grains.runs_between((Key::MIN, last)) {

@@ -195,11 +195,11 @@ fn closed(numbers: &Set, gap: u64) -> Set {
 
 /// The numbers after the shortest gaps were closed, none of `longest` or more.
 fn coarse(numbers: &Set, limit: usize, longest: u64) -> Set {
-    let mut gap = 1;
-    while gap < longest && count_runs(&closed(numbers, gap)) > limit {
-        gap = (2 * gap).min(longest);
-    }
-    closed(numbers, gap)
+    let fits = |gap: &u64| count_runs(&closed(numbers, *gap)) <= limit;
+    // Closing gaps shorter than this makes a difference.
+    let gaps = numbers.iter().zip(numbers.iter().skip(1)).map(|(low, high)| high - low);
+    let gaps: Set = gaps.chain([1]).filter(|gap| *gap < longest).collect();
+    closed(numbers, gaps.into_iter().find(fits).unwrap_or(longest))
 }
 
 /// The order of a grain of which `2^bits` are as much as scratch is extended by.
@@ -242,8 +242,9 @@ fn limits() {
     for (ram, limit) in [
         (0, 256),
         (1 << 30, 256),
-        (16 << 30, 256),
-        (64 << 30, 1024),
+        (4 << 30, 256),
+        (64 << 30, 4096),
+        (256 << 30, 16384),
         (1 << 40, 16384),
         (16 << 40, 16385),
         (64 << 40, 65537),
