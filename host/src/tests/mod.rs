@@ -89,8 +89,13 @@ mod abi {
 
     /// Collects nodes and keys, in order.
     pub(super) fn walk(mem: &Mem, root: u64) -> (Vec<Met>, Vec<u64>) {
+        walk_from(mem, (root, DEPTH - 1, 0))
+    }
+
+    /// Collects nodes and keys from a node on, which need not be the root.
+    pub(super) fn walk_from(mem: &Mem, met: Met) -> (Vec<Met>, Vec<u64>) {
         let (mut nodes, mut keys) = (Vec::new(), Vec::new());
-        descend(mem, (root, DEPTH - 1, 0), &mut nodes, &mut keys);
+        descend(mem, met, &mut nodes, &mut keys);
         (nodes, keys)
     }
 

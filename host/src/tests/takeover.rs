@@ -23,7 +23,10 @@ use super::{
 use std::{
     cell::Cell,
     collections::BTreeSet,
-    sync::atomic::Ordering::SeqCst, //
+    sync::atomic::{
+        AtomicU64,
+        Ordering::SeqCst, //
+    },
 };
 
 /// Frame numbers: where RAM starts and ends, what is no RAM in between, and scratch.
@@ -174,6 +177,15 @@ fn sound_tree() {
     assert_eq!(result.map(|_| ()), Err(NoMemory));
 }
 
+/// The entry of a tree for `key` in the table at `level`.
+fn entry_to(mem: &Mem, root: u64, key: u64, level: u32) -> &AtomicU64 {
+    let mut node = root;
+    for above in (level + 1..abi::DEPTH).rev() {
+        node = mem.words(node)[abi::index(key, above)].load(SeqCst);
+    }
+    &mem.words(node)[abi::index(key, level)]
+}
+
 /// No number in any table leads takeover to read what is no node: node memory panics then.
 #[test]
 fn bad_addresses() {
@@ -204,11 +216,7 @@ fn bad_addresses() {
         for level in 1..abi::DEPTH {
             let mem = node_mem();
             let root = handed_over(&mem, &BLOCKS);
-            let mut node = root;
-            for above in (level + 1..abi::DEPTH).rev() {
-                node = mem.words(node)[abi::index(target, above)].load(SeqCst);
-            }
-            mem.words(node)[abi::index(target, level)].store(bad, SeqCst);
+            entry_to(&mem, root, target, level).store(bad, SeqCst);
             let (result, _) = met(&mem, root, &Fake::new());
             assert_eq!(result, Err(Refusal::Node(bad)), "{bad:#x} at level {level}");
         }
@@ -363,13 +371,7 @@ fn goes_on_behind_a_broken_node() {
     for level in 1..abi::DEPTH {
         let mem = node_mem();
         let root = handed_over(&mem, &BLOCKS);
-        let mut node = root;
-        for above in (level + 1..abi::DEPTH).rev() {
-            node = mem.words(node)[abi::index(bad, above)].load(SeqCst);
-        }
-        let entry = abi::index(bad, level);
-        let below = mem.words(node)[entry].load(SeqCst);
-        mem.words(node)[entry].store(1, SeqCst);
+        let below = entry_to(&mem, root, bad, level).swap(1, SeqCst);
         let memory = Mem::at(1 << 50, 2048);
         let [nodes, held, lost] = [(); 3].map(|_| Tree::new(&memory).unwrap());
         let sets = Sets {
@@ -380,21 +382,8 @@ fn goes_on_behind_a_broken_node() {
         let census = chart(&tree_at(&mem, root), &Fake::new(), sets).unwrap();
         assert_eq!(census.refusal, Some(Refusal::Node(1)));
         // All that is not below that node.
-        let cut: Vec<u64> = {
-            let mut keys = Vec::new();
-            let mut stack = vec![(below, level - 1, bad >> abi::node_shift(level - 1) << abi::node_shift(level - 1))];
-            while let Some((phys, level, first)) = stack.pop() {
-                for (i, word) in (0u64..).zip(mem.words(phys)) {
-                    let word = word.load(SeqCst);
-                    if level > 0 && word != 0 {
-                        stack.push((word, level - 1, first | i << abi::shift(level)));
-                    } else if level == 0 {
-                        keys.extend((0..64).filter(|b| word >> b & 1 == 1).map(|b| first | i * 64 | b));
-                    }
-                }
-            }
-            keys
-        };
+        let first = bad >> abi::node_shift(level - 1) << abi::node_shift(level - 1);
+        let (_, cut) = abi::walk_from(&mem, (below, level - 1, first));
         assert!(cut.contains(&bad));
         let expected: BTreeSet<u64> = BLOCKS
             .iter()
