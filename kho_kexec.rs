@@ -133,10 +133,11 @@ unsafe fn complain(buffer: &bindings::kexec_buf) {
     // SAFETY: By the caller's contract.
     let image = unsafe { &*buffer.image };
     let placed = image.segment.iter().take(image.nr_segments);
-    // SAFETY: An address, however it is read.
-    let is_kernel_placed = placed
-        .clone()
-        .any(|segment| unsafe { segment.__bindgen_anon_1.kbuf } == image.kernel_buf);
+    let is_kernel_placed = placed.clone().any(|segment| {
+        // SAFETY: Both members of the union are pointers, of which any bits are a value.
+        let source = unsafe { segment.__bindgen_anon_1.kbuf };
+        source == image.kernel_buf
+    });
     let placed = placed.map(|segment| (segment.mem as u64, segment.memsz as u64));
     let mut hole = 0;
     for area in kho_sys::scratch() {
@@ -150,8 +151,9 @@ unsafe fn complain(buffer: &bindings::kexec_buf) {
         size: buffer.memsz as u64,
         hole,
     };
+    let attempts = &raw mut ATTEMPTS;
     // SAFETY: See the static.
-    let attempts = unsafe { &mut *(&raw mut ATTEMPTS) };
+    let attempts = unsafe { &mut *attempts };
     // SAFETY: By the caller's contract.
     let shortage = if unsafe { is_kernel(buffer) } {
         attempts.end(shortage, buffer.buf_min == 0)

@@ -18,7 +18,6 @@
 //! Everything here is `__init`; it runs on one CPU, before there is anything else.
 
 use super::kho_fdt::FdtError;
-use super::kho_key::Pfn;
 use super::kho_radix::NodeAddr;
 use super::kho_range::Frames;
 use super::kho_scratch;

@@ -92,7 +92,7 @@ impl Complaint {
 
     fn heard(self) -> &'static Heard {
         static HEARD: [Heard; Complaint::ALL.len()] =
-            [const { Heard::NOTHING }; Complaint::ALL.len()];
+            [const { Heard::new() }; Complaint::ALL.len()];
         // There is one for each kind; the first is as good as a panic.
         HEARD.get(self as usize).unwrap_or(&HEARD[0])
     }
@@ -108,10 +108,12 @@ struct Heard {
 }
 
 impl Heard {
-    const NOTHING: Self = Self {
-        count: AtomicU64::new(0),
-        last: AtomicU64::new(0),
-    };
+    const fn new() -> Self {
+        Self {
+            count: AtomicU64::new(0),
+            last: AtomicU64::new(0),
+        }
+    }
 }
 
 /// Tells the log what is wrong, and the number it is about. After the first one of a kind, others

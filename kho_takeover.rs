@@ -121,7 +121,8 @@ pub(crate) trait Machine {
 /// Returns whether all of `frames` is RAM outside scratch, so that it can be taken over.
 #[link_section = ".init.text"]
 pub(crate) fn is_usable(machine: &dyn Machine, frames: Frames) -> bool {
-    in_room(machine, &mut Frames::EMPTY, frames)
+    let mut room = Frames::EMPTY;
+    in_room(machine, &mut room, frames)
 }
 
 /// Returns whether all of `frames` is RAM outside scratch. `room` is where that was true last.

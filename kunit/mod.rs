@@ -1096,9 +1096,14 @@ mod log {
         let mut len = 0;
         // SAFETY: The log is copied to where there is as much room as said.
         unsafe { bindings::kmsg_dump_rewind(&mut iter) };
-        while unsafe {
-            bindings::kmsg_dump_get_line(&mut iter, false, line.as_mut_ptr(), line.len(), &mut len)
-        } {
+        loop {
+            let into = line.as_mut_ptr();
+            // SAFETY: There is room for as many bytes as said.
+            if !unsafe {
+                bindings::kmsg_dump_get_line(&mut iter, false, into, line.len(), &mut len)
+            } {
+                break;
+            }
             let line = line.get(..len).unwrap_or(&[]);
             // There is a time in front.
             let text = line.splitn(2, |byte| *byte == b']').last().unwrap_or(line);
