@@ -80,7 +80,7 @@ pub(crate) const WORDS: u64 = 1 << TABLE_BITS;
 pub(crate) const WORD_BITS: u64 = u64::BITS as u64;
 
 /// Bits, and so keys, in a leaf.
-const LEAF_SIZE: u64 = 1 << LEAF_BITS;
+pub(crate) const LEAF_SIZE: u64 = 1 << LEAF_BITS;
 
 /// A node: a table of physical addresses, or a leaf's bitmap.
 #[repr(C)]

@@ -16,15 +16,18 @@
 
 use core::sync::atomic;
 const PAGE_SHIFT: u32 = 12;
+const GRAIN_ORDER: u32 = 10;
 mod hosts;
+#[path = "../../kho_check.rs"]
+mod kho_check;
+#[path = "../../kho_grain.rs"]
+mod kho_grain;
 #[path = "../../kho_key.rs"]
 mod kho_key;
 #[path = "../../kho_radix.rs"]
 mod kho_radix;
 #[path = "../../kho_range.rs"]
 mod kho_range;
-#[path = "../../kho_takeover.rs"]
-mod kho_takeover;
 #[path = "../../kho_word.rs"]
 mod kho_word;
 
@@ -308,7 +311,7 @@ impl Visitor for Count {
 /// A machine that has all of [`RAM`], for takeover.
 struct Machine;
 
-impl kho_takeover::Machine for Machine {
+impl kho_check::Machine for Machine {
     fn ram_end(&self) -> u64 {
         RAM
     }
@@ -399,12 +402,12 @@ fn single(pattern: &'static str, keys: &[Key], repeat: u32) -> Vec<Line> {
         };
         let chart = timed(|| {
             let [nodes, held, lost] = [(); 3].map(|_| Tree::new(cpu).unwrap());
-            let sets = kho_takeover::Sets {
+            let sets = kho_check::Sets {
                 nodes: &nodes,
                 held: &held,
                 lost: &lost,
             };
-            let census = kho_takeover::chart(&tree, &Machine, sets).unwrap();
+            let census = kho_check::chart(&tree, &Machine, sets).unwrap();
             assert_eq!(census.frames, keys.len() as u64);
         });
         keep(&mut ours[..3], &times);

@@ -7,6 +7,11 @@
 //! in the rest, as single pages wherever the page allocator had one: that is how LUO lists the
 //! folios of a file. All of the check is what the kernel runs; only memblock is missing.
 
+use super::kho_check::{
+    self,
+    Sets, //
+};
+use super::kho_grain::region_limit;
 use super::kho_key::{
     Block,
     Key,
@@ -18,11 +23,6 @@ use super::kho_radix::{
     Tree, //
 };
 use super::kho_range::Frames;
-use super::kho_takeover::{
-    self,
-    region_limit,
-    Sets, //
-};
 use super::{
     timed,
     Arena,
@@ -48,7 +48,7 @@ struct Machine {
     end: u64,
 }
 
-impl kho_takeover::Machine for Machine {
+impl kho_check::Machine for Machine {
     fn ram_end(&self) -> u64 {
         self.end
     }
@@ -150,19 +150,18 @@ fn take_over(host: Host, repeat: u32) -> Figures {
         let last = Key::of_frame(end - 1);
         let check = timed(|| {
             let sets = Sets { nodes, held, lost };
-            let census = kho_takeover::chart(&tree, &machine, sets).unwrap();
+            let census = kho_check::chart(&tree, &machine, sets).unwrap();
             assert!(census.refusal.is_none() && census.lost == 0);
             for (pfn, count) in runs(nodes, 0) {
                 let frames = Frames::new(Pfn::new(pfn).unwrap(), count).unwrap();
-                kho_takeover::fill(held, frames).unwrap();
+                kho_grain::fill(held, frames).unwrap();
             }
-            kho_takeover::grains(held, last, grain, closed).unwrap();
+            kho_grain::grains(held, last, grain, closed).unwrap();
         });
         let count = |set, order| runs(set, order).map(|(_, count)| count).sum::<u64>();
         let before = count(closed, GRAIN);
         let last = Key::of_frame((end - 1) >> GRAIN);
-        let coarsen =
-            timed(|| kho_takeover::coarsen(closed, last, grain, region_limit(end)).unwrap());
+        let coarsen = timed(|| kho_grain::coarsen(closed, last, grain, region_limit(end)).unwrap());
         let mib = |frames: u64| frames >> (20 - PAGE_SHIFT);
         let kept = count(held, 0);
         let now = Figures {

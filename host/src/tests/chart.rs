@@ -8,14 +8,16 @@ use super::super::kho_radix::{
     Tree, //
 };
 use super::super::kho_range::Frames;
-use super::super::kho_takeover::{
+use super::super::kho_check::{
     chart,
-    fill,
-    has_all,
     is_claimed,
     Census,
     Refusal,
     Sets, //
+};
+use super::super::kho_grain::{
+    fill,
+    has_all, //
 };
 use super::super::PAGE_SHIFT;
 use super::takeover::{

@@ -14,7 +14,7 @@ use super::super::kho_radix::{
     Tree, //
 };
 use super::super::kho_range::Frames;
-use super::super::kho_takeover::{
+use super::super::kho_grain::{
     coarsen,
     grains,
     keys,
