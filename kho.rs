@@ -769,7 +769,7 @@ unsafe extern "C" fn kho_radix_init_tree(
     // The page may have been the root of another tree, whose nodes its owner has taken back: no CPU
     // may go where a leaf of that tree was.
     // SAFETY: No node is looked at.
-    unsafe { Direct::new() }.forget();
+    unsafe { Direct::new() }.new_generation();
     // SAFETY: By the caller's contract. The mutex is there for the caller: the tree needs none.
     unsafe {
         bindings::kho_glue_mutex_init(&raw mut (*tree).lock);

@@ -4,11 +4,11 @@
 
 use super::kho_mm;
 use super::kho_radix::{
+    Guard,
     Hints,
     Node,
     NodeAddr,
     NodeMem,
-    Pass,
     Tree, //
 };
 use core::{
@@ -34,12 +34,12 @@ static GENERATION: AtomicU64 = AtomicU64::new(0);
 /// # Invariants
 ///
 /// `hints` points to this CPU's. `generation` is even.
-pub(crate) struct Inside {
+pub(crate) struct TreeGuard {
     hints: NonNull<Hints>,
     generation: u64,
 }
 
-impl Pass for Inside {
+impl Guard for TreeGuard {
     #[inline(always)]
     fn hints(&self) -> &Hints {
         // SAFETY: By the type invariant. Trees are not used from interrupts, and nobody else runs
@@ -53,7 +53,7 @@ impl Pass for Inside {
     }
 }
 
-impl Drop for Inside {
+impl Drop for TreeGuard {
     #[inline(always)]
     fn drop(&mut self) {
         // SAFETY: Entered when this was made.
@@ -100,10 +100,10 @@ impl Direct {
 }
 
 impl NodeMem for Direct {
-    type Pass<'a> = Inside;
+    type Guard<'a> = TreeGuard;
 
     #[inline(always)]
-    fn enter(&self) -> Inside {
+    fn enter(&self) -> TreeGuard {
         loop {
             // SAFETY: May be called by anyone; left below, or when what is returned is dropped.
             let hints = unsafe { bindings::kho_glue_enter() };
@@ -111,7 +111,7 @@ impl NodeMem for Direct {
             let generation = GENERATION.load(Ordering::Acquire);
             if generation & 1 == 0 {
                 // INVARIANT: They are this CPU's hints, and the number is even.
-                return Inside {
+                return TreeGuard {
                     // SAFETY: It is the address of a variable, which C has zeroed: valid hints.
                     hints: unsafe { NonNull::new_unchecked(hints.cast()) },
                     generation,
@@ -123,7 +123,7 @@ impl NodeMem for Direct {
         }
     }
 
-    fn forget(&self) {
+    fn new_generation(&self) {
         // Who comes to a tree that uses these nodes again does so after they were freed.
         GENERATION.fetch_add(2, Ordering::Relaxed);
     }
