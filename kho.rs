@@ -85,6 +85,7 @@ mod kho_word;
 mod kunit;
 
 use kho_key::Key;
+use kho_memblock::Memblock;
 use kho_nodemem::Direct;
 use kho_radix::{
     Node,
@@ -503,7 +504,9 @@ unsafe extern "C" fn kho_populate(
     scratch_phys: u64,
     scratch_len: u64,
 ) {
-    kho_boot::populate(fdt_phys, fdt_len, scratch_phys, scratch_len);
+    // SAFETY: `setup_arch()` runs on one CPU, long before `kho_memory_init_late()`.
+    let memblock = unsafe { Memblock::get() };
+    kho_boot::populate(memblock, (fdt_phys, fdt_len), (scratch_phys, scratch_len));
 }
 
 /// Checks what was handed over, and gives memblock more memory to allocate from.
@@ -514,7 +517,8 @@ unsafe extern "C" fn kho_populate(
 #[export]
 #[link_section = ".init.text"]
 unsafe extern "C" fn kho_memory_init_early() {
-    kho_boot::init_early();
+    // SAFETY: `mm_core_init_early()` runs on one CPU, long before `kho_memory_init_late()`.
+    kho_boot::init_early(unsafe { Memblock::get() });
 }
 
 /// Keeps preserved memory from the page allocator, or reserves scratch on a cold boot.
@@ -525,7 +529,8 @@ unsafe extern "C" fn kho_memory_init_early() {
 #[export]
 #[link_section = ".init.text"]
 unsafe extern "C" fn kho_memory_init() {
-    kho_boot::init();
+    // SAFETY: `mm_core_init()` runs on one CPU, long before `kho_memory_init_late()`.
+    kho_boot::init(unsafe { Memblock::get() });
 }
 
 /// Gives back what lies between preserved memory, as far as that cannot wait.

@@ -186,7 +186,7 @@ pub(crate) fn restore_folio(phys: u64) -> Option<*mut bindings::folio> {
 fn settle_folio(phys: u64) {
     let settle = |size| {
         if let Some(frames) = Frames::covering(phys, size) {
-            kho_takeover::settle(frames);
+            kho_takeover::ensure_initialised(frames);
         }
     };
     settle(1);
@@ -202,7 +202,7 @@ fn settle_folio(phys: u64) {
 /// preserved. Returns the first page; or [`None`], and nothing is claimed, if there is a block that
 /// is not preserved or does not end in the range, or no block at all.
 pub(crate) fn claim(frames: Frames) -> Option<Page> {
-    kho_takeover::settle(frames);
+    kho_takeover::ensure_initialised(frames);
     if frames.count() == 1 {
         let page = Page::online(frames.start())?;
         let done = page.turn(Mark::Preserved, Mark::Claimed, Order::ZERO);
