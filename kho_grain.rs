@@ -2,8 +2,8 @@
 
 //! Sets of frames, and the grains that hold any of them.
 //!
-//! Takeover notes frames in trees of its own, whose keys are frame numbers: one bit for each frame,
-//! whatever blocks it belongs to. Such a set costs one page for as much memory as one leaf of
+//! Takeover notes frames in trees whose keys are frame numbers: one bit for each frame, whatever
+//! blocks it belongs to. Such a set costs one page for as much memory as one leaf of
 //! order 0 describes.
 //!
 //! memblock gets to know *grains* instead of single ranges: blocks of the page allocator's largest
@@ -15,7 +15,7 @@
 //!  set of grains     0, 2
 //! ```
 //!
-//! The trees belong to whoever uses this file; nothing here is shared or locked.
+//! The trees belong to the callers; nothing here is shared or locked.
 
 use super::kho_key::{
     Block,
@@ -168,7 +168,7 @@ pub(crate) fn has_frames<M: NodeMem>(set: &Tree<M>, frames: Frames) -> bool {
     true
 }
 
-/// Makes the leaves that have room for the keys of `run`, so that adding any of them needs no
+/// Makes the leaves for the keys of `run`, so that adding any of them needs no
 /// memory later.
 ///
 /// # Errors
@@ -256,7 +256,7 @@ fn add_numbers<M: NodeMem>(set: &Tree<M>, numbers: Range<u64>) -> Result<(), NoM
 /// of no use on small ones.
 pub(crate) const EXTENSION: u64 = 1 << 30;
 
-/// Returns how many runs of grains memblock is told of at most, on a machine with `ram` frames.
+/// Returns how many runs of grains memblock gets at most, on a machine with `ram` frames.
 ///
 /// One for each 16 MiB, and at least 256: with fewer, [`coarsen`] would withhold more memory than
 /// it need, on machines whose users scatter thousands of pages (LUO's lists of folios alone are

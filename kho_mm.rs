@@ -2,7 +2,8 @@
 
 //! Memory management as this crate sees it: the direct map, struct pages, marks and NUMA nodes.
 //!
-//! Safe functions around calls into mm/. They decide nothing about a handover.
+//! Safe functions around calls into mm/. They decide nothing about a handover. The marks are this
+//! file's: nobody else reads or writes `page->private` of memory that was taken over.
 
 use super::kho_key::{
     Block,
@@ -99,7 +100,7 @@ pub(crate) fn is_online_ram(frames: Frames) -> bool {
         0
     }
     let mut sum = 0u64;
-    // SAFETY: Takes any range; `add` gets what it needs.
+    // SAFETY: The range need not be RAM; `add` gets the number that it needs.
     unsafe {
         bindings::walk_system_ram_range(
             frames.start() as usize,
@@ -119,7 +120,7 @@ pub(crate) fn is_online_ram(frames: Frames) -> bool {
 /// Returns the frames of the `size` bytes at `mem`, if there are any and all of them are RAM in the
 /// direct map.
 pub(crate) fn direct_frames(mem: *mut c_void, size: usize) -> Option<Frames> {
-    // SAFETY: Takes any address.
+    // SAFETY: The function is there to check any address.
     if !unsafe { bindings::kho_glue_virt_addr_valid(mem) } {
         return None;
     }
@@ -165,7 +166,7 @@ impl Page {
     /// Returns the struct page of a frame that is online.
     #[inline(always)]
     pub(crate) fn online(pfn: u64) -> Option<Self> {
-        // SAFETY: Takes any number.
+        // SAFETY: The function is there to check any number.
         let page = unsafe { bindings::kho_glue_pfn_to_online_page(pfn as usize) };
         // INVARIANT: It is online.
         NonNull::new(page).map(Self)
@@ -327,7 +328,7 @@ fn alloc_elsewhere(plugged: NonNull<c_void>, order: Order) -> Option<NonNull<c_v
         (ANY_NODE, bindings::KHO_GFP_DMA),
     ];
 
-    // What is no good is freed at the end, or it would be found again. It has room for a list.
+    // What was plugged in is freed at the end, or it would be found again. It holds the list.
     let mut rejected = plugged.cast::<Option<NonNull<c_void>>>();
     // SAFETY: The memory is ours, and a page at least.
     unsafe { rejected.write(None) };
@@ -345,12 +346,12 @@ fn alloc_elsewhere(plugged: NonNull<c_void>, order: Order) -> Option<NonNull<c_v
         }
         let next = rejected.cast();
         rejected = mem.cast();
-        // SAFETY: As above.
+        // SAFETY: The memory was just allocated, and is a page at least.
         unsafe { rejected.write(Some(next)) };
     }
     let mut next = Some(rejected.cast());
     while let Some(mem) = next {
-        // SAFETY: As above; nobody else has it.
+        // SAFETY: The list has what was allocated above, and nobody else has it.
         unsafe {
             next = mem.cast::<Option<NonNull<c_void>>>().read();
             free_folio(mem);
@@ -377,7 +378,7 @@ impl Iterator for Nodes {
     type Item = c_int;
 
     fn next(&mut self) -> Option<c_int> {
-        // SAFETY: Takes any node, and the number that means none.
+        // SAFETY: Any node may be asked for the next one, and so may the number that means none.
         self.0 = unsafe { bindings::kho_glue_next_memory_node(self.0) };
         (self.0 != bindings::NUMA_NO_NODE).then_some(self.0)
     }
@@ -386,7 +387,7 @@ impl Iterator for Nodes {
 /// Returns the first frame of a node whose struct page is not initialised yet, or [`u64::MAX`].
 #[link_section = ".init.text"]
 pub(crate) fn first_deferred(nid: c_int) -> u64 {
-    // SAFETY: Early boot.
+    // SAFETY: Any node may be asked for.
     unsafe { bindings::kho_glue_first_deferred(nid) as u64 }
 }
 
@@ -407,14 +408,14 @@ pub(crate) fn in_one_zone(frames: Frames) -> Frames {
         return frames;
     }
     let pfn = frames.start();
-    // SAFETY: Takes any frame, and the node that it is on.
+    // SAFETY: The frame is one of that node.
     frames.until(unsafe { bindings::kho_glue_zone_border(pfn as usize, nid_of(pfn)) } as u64)
 }
 
 /// Returns the node of a frame of RAM, while there is memblock.
 #[link_section = ".init.text"]
 pub(crate) fn nid_of(pfn: u64) -> c_int {
-    // SAFETY: Takes any number.
+    // SAFETY: Any number may be asked for; memblock knows the answer.
     unsafe { bindings::kho_glue_early_pfn_to_nid(pfn as usize) }
 }
 
@@ -423,7 +424,7 @@ pub(crate) fn nid_of(pfn: u64) -> c_int {
 pub(crate) fn init_deferred(frames: Frames) {
     if frames.end() > first_deferred_of_all() {
         for pfn in frames.start()..frames.end() {
-            // SAFETY: Early boot, and it is RAM.
+            // SAFETY: By the caller, it is RAM that nobody uses yet.
             unsafe { bindings::init_deferred_page(pfn as usize, nid_of(pfn)) };
         }
     }

@@ -43,7 +43,7 @@ use kernel::bindings;
 /// Callers that come meanwhile wait for the prune mutex.
 static GENERATION: AtomicU64 = AtomicU64::new(0);
 
-/// Being in a tree: preemption is disabled until this is dropped.
+/// Permission to look at the nodes of trees: preemption is disabled until this is dropped.
 ///
 /// # Invariants
 ///
@@ -75,7 +75,7 @@ impl Drop for TreeGuard {
     }
 }
 
-// C has room for them, see `kho_glue_enter()`.
+// C reserves memory for them, see `kho_glue_enter()`.
 const _: () = {
     use core::mem::align_of;
     assert!(size_of::<Hints>() == size_of::<bindings::kho_glue_hints>());
@@ -103,7 +103,7 @@ impl Direct {
     /// # Safety
     ///
     /// Every address in the tree it is used with must be that of a page which holds a node for as
-    /// long as the tree is used: either this kernel made the tree, or `kho_check::chart()` is
+    /// long as the tree is used: either this kernel made the tree, or `kho_check::check_tree()` is
     /// about to look at it or has found it sound.
     #[inline(always)]
     pub(crate) unsafe fn new() -> Self {
@@ -202,7 +202,7 @@ fn alloc_early(memblock: Memblock) -> Option<NodeAddr> {
         next = kho_mm::phys(virt?.as_ptr());
         end = next.saturating_add(size);
     }
-    // SAFETY: As above.
+    // SAFETY: By `Memblock`'s invariant nothing else runs.
     unsafe { POOL = (next.saturating_add(PAGE), end) };
     let words = kho_mm::virt::<u64>(next);
     for at in (0..bindings::PAGE_SIZE / size_of::<u64>()).step_by(8) {
@@ -258,7 +258,7 @@ pub(crate) fn prune(tree: &Tree<Direct>) {
     unsafe { bindings::kho_glue_lock_prune() };
     if tree.has_empty() {
         GENERATION.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: As above.
+        // SAFETY: A work item may sleep, and holds no guard.
         unsafe { bindings::synchronize_rcu() };
         tree.prune();
         GENERATION.fetch_add(1, Ordering::Release);

@@ -166,19 +166,19 @@ pub(crate) fn reserve(memblock: Memblock) -> Result {
 ///
 /// # Invariants
 ///
-/// `kho_scratch` points to a table with room for `room` areas, of which there are
+/// `kho_scratch` points to a table for `capacity` areas, of which there are
 /// `kho_scratch_cnt`.
 struct Table {
     memblock: Memblock,
-    room: u64,
+    capacity: u64,
 }
 
 impl Table {
     #[link_section = ".init.text"]
     fn new(memblock: Memblock) -> Result<Self> {
         // One for each node, and one each in low memory and anywhere.
-        let room = kho_mm::Nodes::count().saturating_add(2);
-        let size = room.saturating_mul(ENTRY);
+        let capacity = kho_mm::Nodes::count().saturating_add(2);
+        let size = capacity.saturating_mul(ENTRY);
         let Some(table) = memblock.alloc_zeroed(size) else {
             pr_err!("disabled: no memory for the table of scratch areas\n");
             return Err(ENOMEM);
@@ -188,19 +188,19 @@ impl Table {
             bindings::kho_scratch = table.as_ptr().cast();
             bindings::kho_scratch_cnt = 0;
         }
-        // INVARIANT: It was allocated with that much room.
-        Ok(Self { memblock, room })
+        // INVARIANT: It was allocated for that many.
+        Ok(Self { memblock, capacity })
     }
 
-    /// Adds an area; returns false if there is no room for it.
+    /// Adds an area; returns false if the table is full.
     #[link_section = ".init.text"]
     fn add(&mut self, addr: u64, size: u64) -> bool {
         let count = kho_place::scratch().len();
-        if count as u64 >= self.room {
+        if count as u64 >= self.capacity {
             return false;
         }
         // INVARIANT: There is one area more.
-        // SAFETY: By the type invariant there is room, and by `Memblock`'s nothing else runs.
+        // SAFETY: By the type invariant the table is larger, and by `Memblock`'s nothing else runs.
         unsafe {
             bindings::kho_scratch
                 .add(count)
@@ -221,7 +221,7 @@ impl Table {
             bindings::kho_scratch_cnt = 0;
             (&raw mut bindings::kho_scratch).replace(core::ptr::null_mut())
         };
-        let size = self.room.saturating_mul(ENTRY);
+        let size = self.capacity.saturating_mul(ENTRY);
         self.memblock.free(kho_mm::phys(table), size);
     }
 }
@@ -314,7 +314,7 @@ fn reserve_areas(table: &mut Table, early: Used) -> Result {
 
     // Entries of the table that are not needed are there for areas that are only to be had in
     // pieces.
-    let spare = &mut table.room.saturating_sub(areas);
+    let spare = &mut table.capacity.saturating_sub(areas);
     reserve_area(table, &low, low_size, spare)?;
     reserve_area(table, &anywhere, global_size, spare)?;
     for nid in kho_mm::Nodes::all() {
@@ -426,20 +426,20 @@ pub(crate) fn cut() {
     }
 }
 
-/// How many areas there is room for in a table of one page.
-const ROOM: usize = bindings::PAGE_SIZE / size_of::<bindings::kho_scratch>();
+/// How many areas a table of one page holds.
+const TABLE_MAX: usize = bindings::PAGE_SIZE / size_of::<bindings::kho_scratch>();
 
 /// The size of an entry of the table.
 const ENTRY: u64 = size_of::<bindings::kho_scratch>() as u64;
 
-/// Makes a copy of the table of scratch areas that has room for more, and uses it.
+/// Makes a copy of the table of scratch areas that can hold more, and uses it.
 #[link_section = ".init.text"]
 fn copy_table(old: &[bindings::kho_scratch]) -> Option<*mut bindings::kho_scratch> {
-    if old.len() > ROOM {
+    if old.len() > TABLE_MAX {
         return None;
     }
     let table = kho_mm::virt::<bindings::kho_scratch>(kho_mm::alloc_page()?);
-    // SAFETY: The page is ours, and has room for that many. Nothing can be preserved yet, so that
+    // SAFETY: The page is ours, and holds that many. Nothing can be preserved yet, so that
     // nobody looks at areas; the old table stays, too.
     unsafe {
         old.as_ptr().copy_to_nonoverlapping(table, old.len());
@@ -462,12 +462,12 @@ fn cut_out(table: *mut bindings::kho_scratch, region: (u64, u64)) -> bool {
             left.all = left.all.saturating_add(end.saturating_sub(start));
         }
     }
-    if left.low < took.low || left.all < took.all || old.len().saturating_mul(2) > ROOM {
+    if left.low < took.low || left.all < took.all || old.len().saturating_mul(2) > TABLE_MAX {
         return false;
     }
     let mut end = old.len();
     for at in 0..old.len() {
-        // SAFETY: The table has room for two parts of each area, and nobody else writes it.
+        // SAFETY: The table holds two parts of each area, and nobody else writes it.
         unsafe {
             let area = table.add(at);
             let [front, behind] = parts(&area.read(), region);
