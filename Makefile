@@ -67,4 +67,4 @@ uninstall:
 	@scripts/overlay uninstall "$$KDIR"
 
 clean:
-	@scripts/clean
+	@scripts/kho clean

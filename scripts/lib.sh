@@ -127,7 +127,7 @@ in_root() {
 	fi
 	local ns=(unshare --mount --pid --fork --kill-child)
 	[ "$(id -u)" = 0 ] || ns+=(--map-auto --map-root-user)
-	ROOT=$root HERE=$PWD "${ns[@]}" "$TOP/scripts/enter-root" "$@" 9>&-
+	ROOT=$root HERE=$PWD "${ns[@]}" "$TOP/scripts/root" --enter "$@" 9>&-
 }
 
 # check NAME CMD...: one test, as KTAP; what CMD prints goes to $log.  The counts

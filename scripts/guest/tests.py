@@ -15,10 +15,8 @@ import time
 import traceback
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import bench  # noqa: E402
-import guest as g  # noqa: E402
-from guest import Fail, Guest  # noqa: E402
+from . import bench, qemu as g
+from .qemu import Fail, Guest
 
 R, C, P, K, ARM64 = (os.environ[f"{name}_KERNEL"] for name in ("RUST", "C", "PLAIN", "KUNIT", "ARM64"))
 BREAK = bool(os.environ.get("KHO_BREAK"))

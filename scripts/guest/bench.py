@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0
 """The benchmark of kexec handover: runs guests, prints tables, draws.
 
-  run OUT        boots every guest that is asked for, writes OUT/bench.json
-  table OUT      prints what OUT/bench.json has, as one table
-  rst OUT        prints the tables of Documentation/rust-benchmark.rst
-  plot OUT       draws it, as OUT/*.svg and OUT/*.png
+  run OUT        boots every guest that is asked for; OUT/bench.jsonl has a record
+                 of each, a line, and OUT/runs.jsonl when and with what that was
+  table OUT      prints the tables of Documentation/rust-benchmark.rst
+  plot OUT       draws it, as OUT/*.svg
 
 Guests run under "-icount shift=0": one instruction takes one nanosecond, and
 the counter that the kernel reads counts instructions.  So figures do not depend
@@ -26,9 +26,8 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import guest as g  # noqa: E402
-from guest import Fail, say  # noqa: E402
+from . import qemu as g
+from .qemu import Fail, say
 
 SMALL = ("adjacent", "0", 10)
 # Nothing from outside gets in: no time of day, and no random numbers but the same ones.
@@ -213,19 +212,18 @@ def main_run(out):
     kernels = [tuple(word.split(":", 4)) for word in os.environ["KERNELS"].split()]
     g.WORK.mkdir(exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "bench.json"
-    done = json.loads(path.read_text()) if path.exists() else {"runs": {}, "records": []}
+    records, runs = load(out / "bench.jsonl"), load(out / "runs.jsonl")
     date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
     run = f"{date}, commit {os.environ.get('COMMIT') or 'unknown'}"
-    done["runs"][run] = {"machine": machine(), **versions()}
     # What was measured with the same kernels is not measured again, and what was measured with
     # other ones is not mixed with it.
     images = {kernel[:4]: image(kernel) for kernel in kernels}
-    done["records"] = [old for old in done["records"]
-                       if images.get(tuple(old[key] for key in KEYS[:4]), old["image"]) == old["image"]]
-    used = {run, *(old["run"] for old in done["records"])}
-    done["runs"] = {name: what for name, what in done["runs"].items() if name in used}
-    known = [tuple(old[key] for key in KEYS) for old in done["records"]]
+    records = [old for old in records
+               if images.get(tuple(old[key] for key in KEYS[:4]), old["image"]) == old["image"]]
+    used = {old["run"] for old in records} - {run}
+    store(out / "runs.jsonl", [*(old for old in runs if old["run"] in used),
+                               {"run": run, "machine": machine(), **versions()}])
+    known = [tuple(old[key] for key in KEYS) for old in records]
     # What is measured does not depend on the host, so neither on another guest there.
     guests = [(kernel, *guest) for variant in dict.fromkeys(kernel[:3] for kernel in kernels)
               for guest in plan(names) for kernel in kernels
@@ -236,8 +234,17 @@ def main_run(out):
             (large, 1):
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
             for record in pool.map(lambda guest: one(*guest), some):
-                done["records"].append({**record, "run": run})
-                path.write_text(json.dumps(done, indent=1) + "\n")
+                records.append({**record, "run": run})
+                store(out / "bench.jsonl", records)
+
+
+def load(path):
+    """The lines of a file, of which each is JSON."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def store(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def machine():
@@ -260,15 +267,14 @@ def versions():
 class Results:
     """The records of a benchmark, and what is derived from them."""
 
-    def __init__(self, path):
-        self.data = json.loads(path.read_text())
-        self.by_key = {tuple(record[key] for key in KEYS): record["kernels"]
-                       for record in self.data["records"]}
+    def __init__(self, out):
+        records, self.runs = load(out / "bench.jsonl"), load(out / "runs.jsonl")
+        self.by_key = {tuple(record[key] for key in KEYS): record["kernels"] for record in records}
         # By variant and implementation: when that was measured, and of which commit.
-        self.runs = {}
-        for record in self.data["records"]:
-            self.runs.setdefault(tuple(record[key] for key in KEYS[:4]), set()).add(record["run"])
-        self.linux = " and ".join(sorted({run["linux"] for run in self.data["runs"].values()}))
+        self.measured = {}
+        for record in records:
+            self.measured.setdefault(tuple(record[key] for key in KEYS[:4]), set()).add(record["run"])
+        self.linux = " and ".join(sorted({run["linux"] for run in self.runs}))
         self.variants = sorted({key[:3] for key in self.by_key}, key=lambda variant: (
             list(MACHINES).index(variant[0]), variant[1], variant[2]))
 
@@ -338,66 +344,12 @@ PEER_COSTS = (
 )
 
 
-def rows(results, variant):
-    """(workload, what, unit, C, its mark, Rust) of all that was measured for a variant."""
-    memories = sorted({key[7] for key in results.by_key if key[:3] == variant}, key=g.megabytes)
-    for mem in memories:
-        for title, what in BOOT_COSTS:
-            c, rust = (results.ticks(variant, impl, (*SMALL, mem), what, 2) for impl in ("c", "rust"))
-            if c is not None or rust is not None:
-                yield f"10 folios, {mem}", title, "in all", c, "", rust
-    seen = set()
-    for kind, order, _, _ in WORKLOADS.values():
-        if kind in ("cold", "cpus") or (kind, order) in seen:
-            continue
-        seen.add((kind, order))
-        for case in results.cases(variant, kind, order):
-            count = case[2]
-            words = {"range": "pages of a range", "vmalloc": "pages of vmalloc",
-                     "memfd": "pages of a memfd"}.get(kind, f"{kind} of order {order}")
-            more = {("vmalloc", "9"): ", huge", ("memfd", "9"): ", huge", ("range", "1"): ", not aligned"}
-            name = f"{count} {words}{more.get((kind, order), '')}, {case[3]}"
-            unit, number_of = ("per folio", count) if kind in FOLIOS else ("in all", 1)
-            for title, what in BOOT_COSTS:
-                c = results.over_small(variant, "c", case, what)
-                rust = results.over_small(variant, "rust", case, what)
-                mark = ""
-                if c is None and title in ("takeover", "before SMP", "whole boot"):
-                    c, mark = results.extrapolated(variant, case, what), "*"
-                if c is not None or rust is not None:
-                    yield name, title, unit, per(c, number_of), mark, per(rust, number_of)
-            for title, what, kernel in CALL_COSTS:
-                c, rust = (results.ticks(variant, impl, case, (what,), kernel) for impl in ("c", "rust"))
-                if what == "prune" and rust is not None:
-                    yield name, title, "in all", None, "", rust
-                elif c is not None or rust is not None:
-                    yield name, title, unit, per(c, number_of), "", per(rust, number_of)
-            for title, what in PEER_COSTS:
-                peer = results.ticks(variant, "c", case, (what,), 1)
-                if peer is not None:
-                    yield name, title, unit, per(peer, number_of), "", None
-    faster = on_two_cpus(results, variant)
-    if faster:
-        yield "4000 adjacent of order 9, 12G", "late on 2 CPUs, in time", "x 1 CPU", None, "", faster
-    for mem in memories:
-        kept = [kept_from_cold(results, variant, impl, mem) for impl in ("c", "rust")]
-        if any(kept):
-            yield f"cold guest, {mem}", "memory kept by kho=on", "KiB", kept[0], "", kept[1]
-
-
-# Kinds that consist of folios.
-FOLIOS = ("adjacent", "scattered", "random", "sparse")
-
 
 def on_two_cpus(results, variant):
     """How many times as fast as one processor two of them are after takeover."""
     one, two = (results.ticks(variant, "rust", (f"cpus-{cpus}", "9", 4_000, "12G"), ("kho_memory_init_late",), 2)
                 for cpus in (1, 2))
     return one / two if one and two else None
-
-
-def per(value, count):
-    return None if value is None else value / count
 
 
 def kept_from_cold(results, variant, impl, mem):
@@ -412,44 +364,13 @@ def number(value):
     return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.1f}"
 
 
-def ratio(c, rust):
-    """How many times less it is."""
-    if c is None or rust is None or c <= 0 or rust <= 0:
-        return "-"
-    quotient = c / rust
-    return f"{quotient:,.0f}" if quotient >= 100 else f"{quotient:.2f}"
-
-
 def header(results):
     """What was measured, when, and on what."""
-    for name, run in results.data["runs"].items():
-        yield f"{name}: Linux {run['linux']}, {run['machine']}"
+    for run in results.runs:
+        yield f"{run['run']}: Linux {run['linux']}, {run['machine']}"
         yield from (f"    {run[tool]}" for tool in ("gcc", "clang", "rustc", "qemu") if run[tool])
-    for variant in results.variants:
-        for impl in "c", "rust":
-            if (*variant, impl) in results.runs:
-                yield f"{' '.join(variant)} {impl}: {'; '.join(sorted(results.runs[(*variant, impl)]))}"
-
-
-HEADINGS = ("workload", "what", "unit", "C", "Rust", "C / Rust")
-
-
-def cells(results, variant):
-    for name, what, unit, c, mark, rust in rows(results, variant):
-        yield name, what, unit, number(c) + (mark if c is not None else ""), number(rust), ratio(c, rust)
-
-
-def main_table(out):
-    results = Results(out / "bench.json")
-    print("\n".join(header(results)))
-    print("guest instructions, unless a unit is given; * extrapolated by the square law")
-    for variant in results.variants:
-        table = [HEADINGS, *cells(results, variant)]
-        widths = [max(len(row[i]) for row in table) for i in range(len(HEADINGS))]
-        print(f"\n{' '.join(variant)}")
-        for row in table:
-            print("  ".join(cell.ljust(width) if i < 3 else cell.rjust(width)
-                            for i, (cell, width) in enumerate(zip(row, widths))).rstrip())
+    for key, runs in sorted(results.measured.items()):
+        yield f"{' '.join(key)}: {'; '.join(sorted(runs))}"
 
 
 # The tables of the documentation: (label, case, what), and whether the figure is for each folio
@@ -552,8 +473,9 @@ def rst_table(headings, table):
     print("\n".join([rule, lines[0], rule, *lines[1:], rule]))
 
 
-def main_rst(out):
-    results = Results(out / "bench.json")
+def main_table(out):
+    results = Results(out)
+    print("\n".join(header(results)))
     for title, variants, wanted_rows in (
             ("x86_64, gcc, debug", [("x86_64", "gcc", "debug")], MAIN_TABLE),
             ("The other compiler, and the other configuration",
@@ -584,6 +506,9 @@ def main_rst(out):
         if table:
             print(f"\n{title}\n")
             rst_table(headings, table)
+        for variant in variants:
+            if faster := on_two_cpus(results, variant):
+                print(f"\n4,000 adjacent of 2 MiB, late on two CPUs: {faster:.1f} times as fast as on one")
 
 
 def quotient_of(c, rust):
@@ -606,10 +531,10 @@ def main_plot(out):
     import matplotlib
     matplotlib.use("Agg")
     # The same figures give the same files.
-    matplotlib.rcParams.update({"svg.hashsalt": "kho", "axes.grid": True, "grid.alpha": 0.3,
+    matplotlib.rcParams.update({"svg.hashsalt": "kho", "svg.fonttype": "none", "axes.grid": True, "grid.alpha": 0.3,
                                 "axes.axisbelow": True, "figure.constrained_layout.use": True})
     from matplotlib import pyplot
-    results = Results(out / "bench.json")
+    results = Results(out)
     for variant in results.variants:
         for name, draw in ("takeover", draw_takeover), ("boot", draw_boot), \
                 ("preserve", draw_preserve), ("memory", draw_memory):
@@ -618,9 +543,7 @@ def main_plot(out):
                 arch, compiler, config = variant
                 figure.suptitle(f"{figure.get_suptitle()}\nLinux {results.linux}, "
                                 f"{arch}, {compiler}, {config} configuration", fontsize="medium")
-                path = out / f"{name}-{'-'.join(variant)}"
-                figure.savefig(f"{path}.svg", metadata={"Date": None})
-                figure.savefig(f"{path}.png", dpi=150, metadata={"Software": None})
+                figure.savefig(out / f"{name}-{'-'.join(variant)}.svg", metadata={"Date": None})
                 pyplot.close(figure)
 
 
@@ -737,7 +660,7 @@ def draw_memory(pyplot, results, variant):
 
 
 def main(command, out):
-    {"run": main_run, "plot": main_plot, "table": main_table, "rst": main_rst}[command](Path(out))
+    {"run": main_run, "plot": main_plot, "table": main_table}[command](Path(out))
 
 
 if __name__ == "__main__":

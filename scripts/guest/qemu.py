@@ -17,7 +17,7 @@ import threading
 import time
 from pathlib import Path
 
-TOP = Path(__file__).resolve().parent.parent
+TOP = Path(__file__).resolve().parents[2]
 CACHE = Path(os.environ["CACHE"])
 SRC = Path(os.environ["SRC"])
 GUEST = TOP / "scripts/guest"
