@@ -14,7 +14,8 @@ ARCHS ?=
 COMPILERS ?=
 CONFIGS ?=
 WORKLOADS ?=
-export KDIR LLVM ARCH MEM FILES OUT TARBALL SHA256 ARCHS COMPILERS CONFIGS WORKLOADS
+T ?=
+export KDIR LLVM ARCH MEM FILES OUT TARBALL SHA256 ARCHS COMPILERS CONFIGS WORKLOADS T
 ifneq ($(CACHE),)
 export CACHE
 endif
@@ -27,6 +28,7 @@ help:
 	@echo '                               names with spaces are quoted, as in a shell'
 	@echo '                  MEM=2G       memory of the guest'
 	@echo 'make test       everything: host tests, KUnit, kexec tests, checks'
+	@echo '                  T="chain or smp"  the kexec tests that this selects, as pytest -k'
 	@echo 'make bench      measure C and Rust in guests, and the tree on the host:'
 	@echo '                  tables, JSON, drawings; half an hour'
 	@echo '                  ARCHS="x86_64 arm64" COMPILERS="gcc llvm"'
@@ -48,8 +50,11 @@ help:
 
 # scripts/kho looks at the variables, takes the cache for itself and makes sure
 # that toolchain and source are there.
-prepare kernel run test bench-host:
+prepare kernel run bench-host:
 	@scripts/kho $@
+
+test:
+	@scripts/kho test $(if $(T),"$$T")
 
 bench:
 	@scripts/kho bench $(if $(OUT),--out "$$OUT")
