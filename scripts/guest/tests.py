@@ -1167,12 +1167,12 @@ def early_restore(log):
 
 # Machines that would take long to fill: the pages are preserved from outside.
 
-def one_per_grain(ram, fdt, end):
-    """Preserves a page in every 4 MiB below a frame; returns their number."""
+def one_per_grain(ram, fdt, grains):
+    """Preserves a page in each of some blocks of 4 MiB; returns their number."""
     held = {pfn >> 10 for pfn, _ in blocks(ram, fdt)}
     low, high = ram.ends()
     count = 0
-    for grain in range(end >> 10):
+    for grain in grains:
         pfn = (grain << 10) + 600
         in_ram = pfn < low or 1 << 20 <= pfn < high
         if in_ram and grain not in held and not ram.in_scratch(pfn):
@@ -1186,7 +1186,7 @@ def early_page_ext(log):
     """R -> R in 10 GiB, all of it withheld: what page_ext_init() takes early must be there"""
     counts = []
     with make(log) as guest:
-        done = meddle(guest, lambda *at: counts.append(one_per_grain(*at, end=1 << 22)), RETRIEVE, mem="10G",
+        done = meddle(guest, lambda *at: counts.append(one_per_grain(*at, range(1 << 12))), RETRIEVE, mem="10G",
                       again="page_owner=on early_page_ext", timeout=300)
         guest.expect_files(done, 1, 2)
     expect(f"pages in {counts} grains", counts and min(counts) > 2000)
@@ -1203,7 +1203,7 @@ def low_zones(log):
     """R -> R in 6 GiB, a page in each grain below 2 GiB: low memory is there before any driver"""
     counts = []
     with make(log, K) as guest:
-        done = meddle(guest, lambda *at: counts.append(one_per_grain(*at, end=1 << 19)), RETRIEVE, mem="6G",
+        done = meddle(guest, lambda *at: counts.append(one_per_grain(*at, range(1 << 9))), RETRIEVE, mem="6G",
                       args=API_USER, timeout=300)
         guest.expect_files(done, 1, 2)
     expect(f"pages in {counts} grains", counts and min(counts) > 400)
@@ -1215,6 +1215,36 @@ def low_zones(log):
     return f"{now} MiB, and {cold} MiB after a cold boot"
 
 
+# Two nodes whose border is in the middle of a grain.  No closer: the kernel itself, with the C
+# implementation as well, warns if it is in the middle of a huge page.
+UNEVEN, BORDER = ("1402M", "1500M"), (1402 << 20) >> 12
+
+
+@test
+def node_border(log):
+    """R -> R on two nodes with a border in a grain that is withheld: neither gets memory of the other"""
+    counts = []
+
+    def preserve_around(ram, fdt):
+        # Every second grain: that is too many runs, so that those in between are withheld as well.
+        border = BORDER >> 10
+        used = {grain for pfn, order in blocks(ram, fdt)
+                for grain in range(pfn >> 10, (pfn + (1 << order) - 1 >> 10) + 1)}
+        expect("the grain of the border is in use", border not in used and not ram.in_scratch(BORDER))
+        counts.append(one_per_grain(ram, fdt, range(border % 2 ^ 1, ram.ends()[0] >> 10, 2)))
+
+    with make(log, K) as guest:
+        done = meddle(guest, preserve_around, RETRIEVE, mem="2902M", smp=2, nodes=UNEVEN,
+                      args=f"{API_USER} kho_kunit_borders maxcpus=1")
+        guest.expect_files(done, 1, 2)
+    expect(f"pages in {counts} grains", counts and min(counts) > 300)
+    lines = done.said(2, "kho_kunit: border: ")
+    expect(f"{lines}", any(f"node 1 from {BORDER:#x} " in line for line in lines))
+    for line in lines:
+        expect(line, line.endswith(" 0 of others"))
+    return f"{counts[0]} grains"
+
+
 @test
 def every_way(log):
     """R -> R, memory that was preserved in every way that the API has"""
@@ -1222,7 +1252,7 @@ def every_way(log):
         done = guest.run(f"kho=on {API_USER} {'' if BREAK else 'kho_kunit_leave'}", ["next_kernel next", ""])
     done.expect(2)
     done.expect_line(1, "kho_kunit: left for the next kernel: 0")
-    lines = [line.removeprefix("kho_kunit: ") for line in done.said(2, "kho_kunit: (?!early)")]
+    lines = [line.removeprefix("kho_kunit: ") for line in done.said(2, "kho_kunit: (?!early|border)")]
     expect(f"{lines}", lines == [f"{what} came back" for what in ("folios", "pages", "range", "area")])
 
 
@@ -1275,7 +1305,7 @@ def one(number, name):
     start = time.time()
     try:
         others = {"c-to-rust": (C,), "rust-to-c": (C,), "scatter-plain": (P,), "fewer-nodes": (C, P),
-                  "low-zones": (K,), "every-way": (K,)}
+                  "low-zones": (K,), "every-way": (K,), "node-border": (K,)}
         for kernel in {R, *others.get(name, ())}:
             expect(f"no {Path(kernel).name}_KERNEL", Path(kernel).exists())
         note = TESTS[name](log)
