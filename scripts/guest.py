@@ -278,8 +278,10 @@ def qemu(log, kernel, initramfs, cmdline, share=None, mem="1G", smp=1, nodes=1, 
         for node, its in enumerate(sizes):
             backend = f"memory-backend-file,mem-path={ram},offset={sum(sizes[:node])}M,share=on" if ram \
                 else "memory-backend-ram"
+            # More than the host may have, of which little is used.
+            backend += ",reserve=off" if its > 8192 else ""
             args += ["-object", f"{backend},id=mem{node},size={its}M",
-                     "-numa", f"node,nodeid={node},cpus={node},memdev=mem{node}"]
+                     "-numa", f"node,nodeid={node},memdev=mem{node}" + (f",cpus={node}" if node < smp else "")]
     elif ram:
         args += ["-object", f"memory-backend-file,id=ram,size={size}M,mem-path={ram},share=on",
                  "-machine", "memory-backend=ram"]

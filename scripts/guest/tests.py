@@ -736,6 +736,31 @@ def arm64(log):
     return f"{count} scattered pages"
 
 
+@test
+def arm64_retry(log):
+    """R -> R on arm64: the loader tries one place for the kernel after the other, and says nothing of it"""
+    # An initramfs has to lie behind the kernel, and below 32 GiB from the start of the kernel's
+    # GiB.  The kernel fits in the areas of the two nodes only, and behind it there is no place for
+    # the initramfs in either.  The third area is out of reach from the first node.
+    nodes, kernel, initrd = ("1G", "33G"), 128 << 20, 96 << 20
+    scratch = "0,100M,144M" if not BREAK else "0,60M,144M"
+    image = bytearray(Path(ARM64).read_bytes())
+    # image_size in the header: what a loader has to keep free.
+    struct.pack_into("<Q", image, 16, kernel)
+    larger = g.WORK / f"{log.stem}.image"
+    larger.write_bytes(image)
+    try:
+        bench.boot(log, "arm64", ARM64, "34G", f"kho=on kho_scratch={scratch} kho_bench=adjacent,0,100", 2,
+                   next_kernel=larger, initrd=initrd, nodes=nodes)
+    finally:
+        larger.unlink()
+    text = log.read_text(errors="replace")
+    expect("scratch has other areas", f"KHO: scratch has {388 << 10} KiB in 3 areas" in text)
+    # That of a load that is given up; see scratch_too_small().
+    said = re.findall(r"KHO: no room.*", text)
+    expect(f"{said}", not said)
+
+
 # Those who look at any struct page, while the data waits.  After the spare page there is a gap.
 READERS = """
 data=$(tail -n 2 /mnt/frames | head -n 1) spare=$(tail -n 1 /mnt/frames)
