@@ -77,21 +77,26 @@ def bench_init(arch):
     return g.program(f"bench-init-{arch}", g.TOP / "bench/bench-init.c", arch=arch)
 
 
-def initramfs(path, arch, next_kernel=None, cmdline=None):
-    """One program; for a first kernel, what it needs to start the next one as well."""
+def initramfs(path, arch, next_kernel=None, cmdline=None, size=0):
+    """One program; for a first kernel, what it needs to start the next one as well.
+
+    size: that of the next kernel's initramfs, if it is to be larger than it need be.
+    """
     cpio = g.Cpio().dirs("dev", "proc", "sys").console().file("init", bench_init(arch))
     if next_kernel:
         inner = initramfs(path.with_suffix(".next"), arch)
+        os.truncate(inner, max(size, inner.stat().st_size))
         text = path.with_suffix(".cmdline")
         text.write_text(cmdline + "\n")
         cpio.file("next", next_kernel).file("next.initrd", inner).file("next.cmdline", text)
     return cpio.write(path)
 
 
-def boot(log, arch, kernel, mem, cmdline, kernels, cpus=0):
+def boot(log, arch, kernel, mem, cmdline, kernels, cpus=0, next_kernel=None, initrd=0, **options):
     """Boots a guest and returns the figures that each of its kernels reported.
 
     cpus: so many processors, in real time; else one, which counts instructions.
+    next_kernel: another image than the first one; initrd: the size of its initramfs.
     """
     machine, console = MACHINES[arch]
     machine = [*machine, *(REAL_TIME if cpus else ICOUNT)]
@@ -99,11 +104,11 @@ def boot(log, arch, kernel, mem, cmdline, kernels, cpus=0):
     with tempfile.TemporaryDirectory(dir=g.WORK) as work:
         image = Path(work, "initramfs")
         if kernels == 2:
-            initramfs(image, arch, kernel, f"{base} {cmdline}")
+            initramfs(image, arch, next_kernel or kernel, f"{base} {cmdline}", initrd)
         else:
             initramfs(image, arch)
         run = g.qemu(log, kernel, image, cmdline, mem=mem, timeout=PATIENCE, machine=machine, base=base,
-                     smp=cpus or 1)
+                     smp=cpus or 1, **options)
     run.expect(kernels)
     figures = []
     for number, text in enumerate(run.kernels, 1):

@@ -286,6 +286,7 @@ def qemu(log, kernel, initramfs, cmdline, share=None, mem="1G", smp=1, nodes=1, 
          ram=None, title=None, during=None, machine=None, base=CMDLINE, plug=None):
     """Runs a guest to its end and returns its Run.
 
+    nodes: how many there are, or the size of each.
     ram: a file that has the guest's memory.
     plug: memory that the guest can take into use while it runs.
     machine: QEMU and the arguments that choose another machine than the tests'.
@@ -302,11 +303,20 @@ def qemu(log, kernel, initramfs, cmdline, share=None, mem="1G", smp=1, nodes=1, 
     if share:
         args += ["-fsdev", f"local,id=kho,path={share},security_model=none,multidevs=remap",
                  "-device", "virtio-9p-pci,fsdev=kho,mount_tag=kho"]
-    if nodes > 1:
-        for node in range(nodes):
-            args += ["-object", f"memory-backend-ram,id=mem{node},size={size // nodes}M",
-                     "-numa", f"node,nodeid={node},cpus={node},memdev=mem{node}"]
-    if ram:
+    sizes = [size // nodes] * nodes if isinstance(nodes, int) else [megabytes(node) for node in nodes]
+    if len(sizes) > 1:
+        if ram:
+            # QEMU makes a file for one node only.
+            Path(ram).touch()
+            os.truncate(ram, size << 20)
+        for node, its in enumerate(sizes):
+            backend = f"memory-backend-file,mem-path={ram},offset={sum(sizes[:node])}M,share=on" if ram \
+                else "memory-backend-ram"
+            # More than the host may have, of which little is used.
+            backend += ",reserve=off" if its > 8192 else ""
+            args += ["-object", f"{backend},id=mem{node},size={its}M",
+                     "-numa", f"node,nodeid={node},memdev=mem{node}" + (f",cpus={node}" if node < smp else "")]
+    elif ram:
         args += ["-object", f"memory-backend-file,id=ram,size={size}M,mem-path={ram},share=on",
                  "-machine", "memory-backend=ram"]
     if plug:

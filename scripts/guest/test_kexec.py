@@ -681,6 +681,30 @@ def test_arm64(log, note):
     note(f"{count} scattered pages")
 
 
+def test_arm64_retry(log):
+    """R -> R on arm64: the loader tries one place for the kernel after the other, and says nothing of it"""
+    # An initramfs has to lie behind the kernel, and below 32 GiB from the start of the kernel's
+    # GiB.  The kernel fits in the areas of the two nodes only, and behind it there is no place for
+    # the initramfs in either.  The third area is out of reach from the first node.
+    nodes, kernel, initrd = ("1G", "33G"), 128 << 20, 96 << 20
+    scratch = spoilt("0,100M,144M", "0,60M,144M")
+    image = bytearray(g.image(ARM64).read_bytes())
+    # image_size in the header: what a loader has to keep free.
+    struct.pack_into("<Q", image, 16, kernel)
+    larger = g.WORK / f"{log.stem}.image"
+    larger.write_bytes(image)
+    try:
+        bench.boot(log, "arm64", g.image(ARM64), "34G", f"kho=on kho_scratch={scratch} kho_bench=adjacent,0,100", 2,
+                   next_kernel=larger, initrd=initrd, nodes=nodes)
+    finally:
+        larger.unlink()
+    text = log.read_text(errors="replace")
+    expect("scratch has other areas", f"KHO: scratch has {388 << 10} KiB in 3 areas" in text)
+    # That of a load that is given up; see scratch_too_small().
+    said = re.findall(r"KHO: no room.*", text)
+    expect(f"{said}", not said)
+
+
 # Those who look at any struct page, while the data waits.  After the spare page there is a gap.
 READERS = """
 data=$(tail -n 2 /mnt/frames | head -n 1) spare=$(tail -n 1 /mnt/frames)
@@ -1084,12 +1108,12 @@ def test_early_restore(log):
 
 # Machines that would take long to fill: the pages are preserved from outside.
 
-def one_per_grain(ram, fdt, end):
-    """Preserves a page in every 4 MiB below a frame; returns their number."""
+def one_per_grain(ram, fdt, grains):
+    """Preserves a page in each of some blocks of 4 MiB; returns their number."""
     held = {pfn >> 10 for pfn, _ in blocks(ram, fdt)}
     low, high = ram.ends()
     count = 0
-    for grain in range(end >> 10):
+    for grain in grains:
         pfn = (grain << 10) + 600
         in_ram = pfn < low or 1 << 20 <= pfn < high
         if in_ram and grain not in held and not ram.in_scratch(pfn):
@@ -1102,7 +1126,7 @@ def test_early_page_ext(log, note):
     """R -> R in 10 GiB, all of it withheld: what page_ext_init() takes early must be there"""
     counts = []
     with make(log) as guest:
-        done = meddle(guest, lambda *at: counts.append(one_per_grain(*at, end=1 << 22)), RETRIEVE, mem="10G",
+        done = meddle(guest, lambda *at: counts.append(one_per_grain(*at, range(1 << 12))), RETRIEVE, mem="10G",
                       again="page_owner=on early_page_ext", timeout=300)
         guest.expect_files(done, 1, 2)
     expect(f"pages in {counts} grains", counts and min(counts) > 2000)
@@ -1118,7 +1142,7 @@ def test_low_zones(log, note):
     """R -> R in 6 GiB, a page in each grain below 2 GiB: low memory is there before any driver"""
     counts = []
     with make(log, K) as guest:
-        done = meddle(guest, lambda *at: counts.append(one_per_grain(*at, end=1 << 19)), RETRIEVE, mem="6G",
+        done = meddle(guest, lambda *at: counts.append(one_per_grain(*at, range(1 << 9))), RETRIEVE, mem="6G",
                       args=API_USER, timeout=300)
         guest.expect_files(done, 1, 2)
     expect(f"pages in {counts} grains", counts and min(counts) > 400)
@@ -1130,13 +1154,42 @@ def test_low_zones(log, note):
     note(f"{now} MiB, and {cold} MiB after a cold boot")
 
 
+# Two nodes whose border is in the middle of a grain.  No closer: the kernel itself, with the C
+# implementation as well, warns if it is in the middle of a huge page.
+UNEVEN, BORDER = ("1402M", "1500M"), (1402 << 20) >> 12
+
+
+def test_node_border(log, note):
+    """R -> R on two nodes with a border in a grain that is withheld: neither gets memory of the other"""
+    counts = []
+
+    def preserve_around(ram, fdt):
+        # Every second grain: that is too many runs, so that those in between are withheld as well.
+        border = BORDER >> 10
+        used = {grain for pfn, order in blocks(ram, fdt)
+                for grain in range(pfn >> 10, (pfn + (1 << order) - 1 >> 10) + 1)}
+        expect("the grain of the border is in use", border not in used and not ram.in_scratch(BORDER))
+        counts.append(one_per_grain(ram, fdt, range(border % 2 ^ 1, ram.ends()[0] >> 10, 2)))
+
+    with make(log, K) as guest:
+        done = meddle(guest, preserve_around, RETRIEVE, mem="2902M", smp=2, nodes=UNEVEN,
+                      args=f"{API_USER} kho_kunit_borders maxcpus=1")
+        guest.expect_files(done, 1, 2)
+    expect(f"pages in {counts} grains", counts and min(counts) > 300)
+    lines = done.said(2, "kho_kunit: border: ")
+    expect(f"{lines}", any(f"node 1 from {BORDER:#x} " in line for line in lines))
+    for line in lines:
+        expect(line, line.endswith(" 0 of others"))
+    note(f"{counts[0]} grains")
+
+
 def test_every_way(log):
     """R -> R, memory that was preserved in every way that the API has"""
     with Guest(log, K) as guest:
         done = guest.run(f"kho=on {API_USER} {spoilt('kho_kunit_leave', '')}", ["next_kernel next", ""])
     done.expect(2)
     done.expect_line(1, "kho_kunit: left for the next kernel: 0")
-    lines = [line.removeprefix("kho_kunit: ") for line in done.said(2, "kho_kunit: (?!early)")]
+    lines = [line.removeprefix("kho_kunit: ") for line in done.said(2, "kho_kunit: (?!early|border)")]
     expect(f"{lines}", lines == [f"{what} came back" for what in ("folios", "pages", "range", "area")])
 
 
