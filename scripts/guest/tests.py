@@ -1295,7 +1295,7 @@ def main(names):
     g.WORK.mkdir(exist_ok=True)
     names = names or [name for name in TESTS if name not in RARE]
     print(f"KTAP version 1\n1..{len(names)}", flush=True)
-    g.headers(), g.program("kho-guest", g.GUEST / "kho-guest.c")
+    g.headers(), g.kho_guest()
     passed = 0
     with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:
         jobs = {}
