@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bench  # noqa: E402
 import guest as g  # noqa: E402
+import vm as machine  # noqa: E402
 from guest import Fail, Guest  # noqa: E402
 
 R, C, P, K, ARM64 = (os.environ[f"{name}_KERNEL"] for name in ("RUST", "C", "PLAIN", "KUNIT", "ARM64"))
@@ -1226,6 +1227,30 @@ def every_way(log):
     expect(f"{lines}", lines == [f"{what} came back" for what in ("folios", "pages", "range", "area")])
 
 
+def live(log, *kernels, **options):
+    names = {R: "rust", C: "c"}
+    _, hops = machine.through(log, [(names[kernel], kernel) for kernel in kernels], **options)
+    return " ".join(f"{at[machine.END] - at['stop']:.0f} ms" for at in hops)
+
+
+@test
+def vm(log):
+    """R -> R, a virtual machine goes on and finds all of its memory"""
+    return live(log, R, R)
+
+
+@test
+def vm_c_rust_c(log):
+    """C -> R -> C, a virtual machine goes on in each"""
+    return live(log, C, R, C)
+
+
+@test
+def vm_broken(log):
+    """R -> R, a virtual machine notices one bit that changed in its memory"""
+    return live(log, R, R, broken=True)
+
+
 def meddle(guest, damage, then, first=PRESERVE, mem="512M", args="", again="", timeout=120, **options):
     """A kexec, with damage(ram, fdt) done to kernel 1 right before it.
 
@@ -1275,7 +1300,7 @@ def one(number, name):
     start = time.time()
     try:
         others = {"c-to-rust": (C,), "rust-to-c": (C,), "scatter-plain": (P,), "fewer-nodes": (C, P),
-                  "low-zones": (K,), "every-way": (K,)}
+                  "low-zones": (K,), "every-way": (K,), "vm-c-rust-c": (C,)}
         for kernel in {R, *others.get(name, ())}:
             expect(f"no {Path(kernel).name}_KERNEL", Path(kernel).exists())
         note = TESTS[name](log)

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * The host of the virtual machine in "make vm": the first process of each of its kernels.
+ * The host of the virtual machine (VM) in "make vm": the first process of each of its kernels.
  *
- * It runs QEMU with memory that is a memfd, reads what the machine prints, and takes it through
- * a kexec: the memory is preserved while the machine runs; then that is stopped, the state of
- * its devices goes to a second memfd, and the moments and what it printed last to a third one.
- * The next kernel's first process takes all three back and lets the machine go on.
+ * It runs QEMU with memory that is a memfd, reads what the VM prints, and takes it through a
+ * kexec: the memory is preserved while the VM runs; then the VM is stopped, the state of its
+ * devices goes to a second memfd, and the time of each step and the last output to a third one.
+ * The first process of the next kernel takes all three back and lets the VM go on.
  *
  * The kernel's command line says what to do:
  *
  *   kho_stage=N        this is the Nth kernel
  *   kho_stages=N       so many in all
- *   kho_vm_mem=N       the machine's memory, in MiB
+ *   kho_vm_mem=N       memory of the VM, in MiB
  *   kho_vm_flip=N      the Nth kernel changes one bit of that
  *
  * A directory that is shared over 9p has the next kernel (kernel.N), the initramfs, the common
@@ -36,14 +36,14 @@
 #include "luo.h"
 
 #define PAGE		4096UL
-/* The machine prints a line whenever it has done so many pages. */
+/* The VM prints a line whenever it has done so many pages. */
 #define LINE_PAGES	256
 /* Lines before a kexec, and how many are shown of the first and of the later ones. */
-#define LINES		8
+#define LINES		4
 #define SHOWN_EACH	16
 
-/* Descriptors; QEMU inherits all of them but the third. */
-enum { RAM_FD = 10, STATE_FD, INFO_FD, NEW_STATE_FD, QMP_FD };
+/* Descriptors that are out of the way of others; QEMU inherits all but the third. */
+enum { RAM_FD = 100, STATE_FD, INFO_FD, NEW_STATE_FD, QMP_FD };
 /* The files of the session. */
 enum { RAM_TOKEN, STATE_TOKEN, INFO_TOKEN };
 
@@ -61,7 +61,7 @@ static const char * const moments[MOMENTS] = {
 /* What the next kernel has to know; one page. */
 struct info {
 	unsigned long at[MOMENTS];
-	/* Where the machine has its pages, and how many of them are done. */
+	/* Where the VM has its pages, and how many of them are done. */
 	unsigned long first, pages, count;
 	/* What was printed since the last end of a line. */
 	char partial[256];
@@ -94,11 +94,15 @@ static void report(const char *format, ...)
 	va_list args;
 	int len;
 
-	/* Not earlier: it would be part of the time that the machine stands still. */
+	/* Not earlier: it would be part of the time that the VM stands still. */
 	if (result < 0) {
-		if (mount("kho", "/mnt", "9p", 0, "trans=virtio,version=9p2000.L,msize=262144"))
-			warn("9p");
-		result = open("/mnt/result", O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0644);
+		const char *path = "/mnt/result";
+		int flags = O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC;
+
+		/* Another process may have done that. */
+		if (access("/mnt/initrd", F_OK))
+			mount("kho", "/mnt", "9p", 0, "trans=virtio,version=9p2000.L,msize=262144");
+		result = open(path, flags, 0644);
 	}
 	len = snprintf(line, sizeof(line), "%lu ", stage);
 	va_start(args, format);
@@ -149,7 +153,7 @@ static void start_qemu(void)
 		err(1, "sockets");
 	snprintf(size, sizeof(size), "%luM", mem);
 	snprintf(memory, sizeof(memory),
-		 "memory-backend-file,id=ram,size=%s,share=on,mem-path=/proc/self/fd/10", size);
+		 "memory-backend-file,id=ram,size=%s,share=on,mem-path=/proc/self/fd/100", size);
 	place(memfd_create("state", 0), "state", NEW_STATE_FD);
 	qemu = fork();
 	if (!qemu) {
@@ -162,7 +166,7 @@ static void start_qemu(void)
 		execl("/bin/qemu", "qemu", "-accel", "tcg", "-cpu", "max", "-nodefaults",
 		      "-no-user-config", "-display", "none", "-L", "/firmware", "-m", size,
 		      "-object", memory, "-machine", "pc,memory-backend=ram", "-kernel", "/vm",
-		      "-serial", "stdio", "-chardev", "socket,id=qmp,fd=14", "-mon",
+		      "-serial", "stdio", "-chardev", "socket,id=qmp,fd=104", "-mon",
 		      "chardev=qmp,mode=control", stage > 1 ? "-incoming" : NULL, "defer", NULL);
 		err(1, "qemu");
 	}
@@ -196,7 +200,7 @@ static const char *command(const char *text)
 	do {
 		line = qmp_line();
 		if (!strncmp(line, "{\"error\"", 8))
-			errx(1, "QEMU: %s to %s", line, text);
+			errx(1, "QEMU: %.*s, to %s", (int)strcspn(line, "\r\n"), line, text);
 	} while (strncmp(line, "{\"return\"", 9));
 	return line;
 }
@@ -217,12 +221,12 @@ static void wait_for_migration(void)
 		if (strstr(answer, "\"status\": \"completed\""))
 			return;
 		if (strstr(answer, "\"status\": \"failed\""))
-			errx(1, "migration: %s", answer);
+			errx(1, "QEMU: %.*s", (int)strcspn(answer, "\r\n"), answer);
 		usleep(1000);
 	}
 }
 
-/* What the machine prints. */
+/* What the VM prints. */
 
 /* Adds what comes next to a line that has begun; returns whether it is complete. */
 static int read_output(void)
@@ -308,7 +312,7 @@ static void load_next(void)
 
 static void preserve_memory(void)
 {
-	report("step preserving the memory of the machine, which runs");
+	report("step preserving the memory of the VM, which runs");
 	new_info();
 	session = session_open(LIVEUPDATE_IOCTL_CREATE_SESSION, "vm");
 	info->at[PRESERVE] = now();
@@ -317,7 +321,7 @@ static void preserve_memory(void)
 	watch(LINE_PAGES);
 }
 
-/* From here on, the machine stands still. */
+/* From here on, the VM stands still. */
 static void leave(void)
 {
 	prepare_migration();
@@ -326,7 +330,7 @@ static void leave(void)
 	info->at[STOP] = now();
 	command("{'execute': 'stop'}");
 	info->at[STOPPED] = now();
-	command("{'execute': 'migrate', 'arguments': {'uri': 'file:/proc/self/fd/13'}}");
+	command("{'execute': 'migrate', 'arguments': {'uri': 'file:/proc/self/fd/103'}}");
 	wait_for_migration();
 	info->at[STATE] = now();
 	command("{'execute': 'quit'}");
@@ -344,7 +348,7 @@ static void leave(void)
 	err(1, "kexec");
 }
 
-/* Changes a bit that the machine will come to soon. */
+/* Changes a bit that the VM will come to soon. */
 static void flip_bit(void)
 {
 	off_t at = info->first + (info->count + 300) % info->pages * PAGE + 1000;
@@ -381,7 +385,7 @@ static void go_on(unsigned long init)
 	command("{'execute': 'qmp_capabilities'}");
 	info->at[ANSWERS] = now();
 	prepare_migration();
-	command("{'execute': 'migrate-incoming', 'arguments': {'uri': 'file:/proc/self/fd/11'}}");
+	command("{'execute': 'migrate-incoming', 'arguments': {'uri': 'file:/proc/self/fd/101'}}");
 	wait_for_migration();
 	info->at[LOADED] = now();
 	command("{'execute': 'cont'}");
@@ -402,7 +406,7 @@ static void begin(void)
 	place(memfd_create("memory", 0), "memory", RAM_FD);
 	if (ftruncate(RAM_FD, mem << 20))
 		err(1, "memory");
-	report("step starting the machine");
+	report("step starting the VM");
 	start_qemu();
 	qmp_line();
 	command("{'execute': 'qmp_capabilities'}");
@@ -421,7 +425,7 @@ static void run(unsigned long init)
 		leave();
 	}
 	/* All of its memory has to be what it was. */
-	report("step checking all memory of the machine, by the machine");
+	report("step the VM checks all of its memory");
 	watch(info->pages);
 }
 
