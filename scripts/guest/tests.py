@@ -1229,7 +1229,7 @@ def every_way(log):
 
 def live(log, *kernels, **options):
     names = {R: "rust", C: "c"}
-    _, hops = machine.through(log, [(names[kernel], kernel) for kernel in kernels], **options)
+    hops = machine.through(log, [(names[kernel], kernel) for kernel in kernels], **options)
     return " ".join(f"{at[machine.END] - at['stop']:.0f} ms" for at in hops)
 
 

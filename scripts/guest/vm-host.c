@@ -41,6 +41,8 @@
 /* Lines before a kexec, and how many are shown of the first and of the later ones. */
 #define LINES		4
 #define SHOWN_EACH	16
+/* So often it may go through its memory between two ticks. */
+#define MOST_ROUNDS	20
 
 /* Descriptors that are out of the way of others; QEMU inherits all but the third. */
 enum { RAM_FD = 100, STATE_FD, INFO_FD, NEW_STATE_FD, QMP_FD };
@@ -71,6 +73,8 @@ static struct info *info;
 /* The line that has begun. */
 static char partial[256];
 static unsigned long stage, stages, mem, flip;
+/* What the timer of the VM has counted. */
+static unsigned long tick;
 static int session, output, qmp;
 static pid_t qemu;
 
@@ -143,6 +147,59 @@ static void new_info(void)
 
 /* QEMU, and the protocol that it is controlled by. */
 
+/* One line from QEMU's monitor. */
+static const char *qmp_line(void)
+{
+	static char line[65536];
+	size_t len = 0;
+
+	do {
+		if (len == sizeof(line) - 1 || read(qmp, line + len, 1) != 1)
+			errx(1, "QEMU's monitor: %.*s", (int)len, line);
+	} while (line[len++] != '\n');
+	line[len] = 0;
+	return line;
+}
+
+/* The answer to a command; there may be events before it. */
+static const char *command(const char *what, const char *arguments)
+{
+	char text[256];
+	const char *line;
+	int len;
+
+	len = snprintf(text, sizeof(text), "{'execute': '%s', 'arguments': {%s}}", what, arguments);
+	if (write(qmp, text, len) != len)
+		err(1, "QEMU's monitor");
+	do {
+		line = qmp_line();
+		if (!strncmp(line, "{\"error\"", 8))
+			errx(1, "QEMU: %.*s, to %s", (int)strcspn(line, "\r\n"), line, text);
+	} while (strncmp(line, "{\"return\"", 9));
+	return line;
+}
+
+/* Memory that is shared with a file stays there; the rest is what is written and read. */
+static void prepare_migration(void)
+{
+	command("migrate-set-capabilities",
+		"'capabilities': [{'capability': 'x-ignore-shared', 'state': true}]");
+	command("migrate-set-parameters", "'mode': 'cpr-reboot'");
+}
+
+static void wait_for_migration(void)
+{
+	for (;;) {
+		const char *answer = command("query-migrate", "");
+
+		if (strstr(answer, "\"status\": \"completed\""))
+			return;
+		if (strstr(answer, "\"status\": \"failed\""))
+			errx(1, "QEMU: %.*s", (int)strcspn(answer, "\r\n"), answer);
+		usleep(1000);
+	}
+}
+
 static void start_qemu(void)
 {
 	char memory[128], size[32];
@@ -174,56 +231,9 @@ static void start_qemu(void)
 	close(pipes[1]);
 	qmp = sockets[0];
 	output = pipes[0];
-}
-
-/* One line from QEMU's monitor. */
-static const char *qmp_line(void)
-{
-	static char line[65536];
-	size_t len = 0;
-
-	do {
-		if (len == sizeof(line) - 1 || read(qmp, line + len, 1) != 1)
-			errx(1, "QEMU's monitor: %.*s", (int)len, line);
-	} while (line[len++] != '\n');
-	line[len] = 0;
-	return line;
-}
-
-/* The answer to a command; there may be events before it. */
-static const char *command(const char *text)
-{
-	const char *line;
-
-	if (write(qmp, text, strlen(text)) < 0)
-		err(1, "QEMU's monitor");
-	do {
-		line = qmp_line();
-		if (!strncmp(line, "{\"error\"", 8))
-			errx(1, "QEMU: %.*s, to %s", (int)strcspn(line, "\r\n"), line, text);
-	} while (strncmp(line, "{\"return\"", 9));
-	return line;
-}
-
-/* Memory that is shared with a file stays there; the rest is what is written and read. */
-static void prepare_migration(void)
-{
-	command("{'execute': 'migrate-set-capabilities', 'arguments': {'capabilities': "
-		"[{'capability': 'x-ignore-shared', 'state': true}]}}");
-	command("{'execute': 'migrate-set-parameters', 'arguments': {'mode': 'cpr-reboot'}}");
-}
-
-static void wait_for_migration(void)
-{
-	for (;;) {
-		const char *answer = command("{'execute': 'query-migrate'}");
-
-		if (strstr(answer, "\"status\": \"completed\""))
-			return;
-		if (strstr(answer, "\"status\": \"failed\""))
-			errx(1, "QEMU: %.*s", (int)strcspn(answer, "\r\n"), answer);
-		usleep(1000);
-	}
+	/* It greets first. */
+	qmp_line();
+	command("qmp_capabilities", "");
 }
 
 /* What the VM prints. */
@@ -251,7 +261,7 @@ static void take_line(int show)
 
 	if (!strncmp(partial, "BAD", 3)) {
 		report("bad %s", partial);
-	} else if (sscanf(partial, "count %lu", &count) == 1) {
+	} else if (sscanf(partial, "count %lu: round %*u, tick %lu", &count, &tick) == 2) {
 		if (count != info->count + LINE_PAGES)
 			report("bad count: %lu, and then %lu", info->count, count);
 		info->count = count;
@@ -328,12 +338,12 @@ static void leave(void)
 	report("step kexec");
 	catch_up();
 	info->at[STOP] = now();
-	command("{'execute': 'stop'}");
+	command("stop", "");
 	info->at[STOPPED] = now();
-	command("{'execute': 'migrate', 'arguments': {'uri': 'file:/proc/self/fd/103'}}");
+	command("migrate", "'uri': 'file:/proc/self/fd/103'");
 	wait_for_migration();
 	info->at[STATE] = now();
-	command("{'execute': 'quit'}");
+	command("quit", "");
 	/* What was still on its way, to the beginning of a line. */
 	while (read_output())
 		take_line(0);
@@ -380,15 +390,12 @@ static void go_on(unsigned long init)
 	if (flip == stage)
 		flip_bit();
 	start_qemu();
-	/* What it says first. */
-	qmp_line();
-	command("{'execute': 'qmp_capabilities'}");
 	info->at[ANSWERS] = now();
 	prepare_migration();
-	command("{'execute': 'migrate-incoming', 'arguments': {'uri': 'file:/proc/self/fd/101'}}");
+	command("migrate-incoming", "'uri': 'file:/proc/self/fd/101'");
 	wait_for_migration();
 	info->at[LOADED] = now();
-	command("{'execute': 'cont'}");
+	command("cont", "");
 	info->at[RUNNING] = now();
 	if (!read_output())
 		errx(1, "QEMU ended, after: %s", partial);
@@ -408,12 +415,12 @@ static void begin(void)
 		err(1, "memory");
 	report("step starting the VM");
 	start_qemu();
-	qmp_line();
-	command("{'execute': 'qmp_capabilities'}");
 }
 
 static void run(unsigned long init)
 {
+	unsigned long start;
+
 	if (stage == 1)
 		begin();
 	else
@@ -424,9 +431,14 @@ static void run(unsigned long init)
 		preserve_memory();
 		leave();
 	}
-	/* All of its memory has to be what it was. */
+	/* All of its memory has to be what it was, and its timer has to go on. */
 	report("step the VM checks all of its memory");
+	start = tick;
 	watch(info->pages);
+	for (int i = 0; tick == start && i < MOST_ROUNDS; i++)
+		watch(info->pages);
+	if (tick == start)
+		report("bad timer: tick %lu, again and again", tick);
 }
 
 int main(void)
@@ -456,7 +468,7 @@ int main(void)
 	while (fgets(line, sizeof(line), errors)) {
 		printf("%s", line);
 		line[strcspn(line, "\n")] = 0;
-		strcpy(last, line);
+		snprintf(last, sizeof(last), "%s", line);
 	}
 	wait(&status);
 	if (status)

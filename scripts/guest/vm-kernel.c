@@ -11,6 +11,8 @@
  *
  * It prints one line for every 256 pages, and one that starts with BAD for what is wrong.
  */
+#include "vm-kernel.h"
+
 #define PAGE		4096UL
 #define WORDS		(PAGE / sizeof(unsigned long))
 #define LINE		256
@@ -40,24 +42,20 @@ struct gate {
 /* The count, in a register that the compiler leaves alone. */
 register unsigned long count asm("r15");
 
-extern char _end[];
-void tick(void);
-void fault(void);
-
 unsigned long ticks;
 static unsigned long count_in_memory, first, pages, bad;
 static struct gate idt[TIMER_VECTOR + 1];
 
 static void outb(unsigned char value, unsigned short port)
 {
-	asm volatile("outb %0, %1" : : "a" (value), "Nd" (port));
+	asm volatile("out %0, %1" : : "a" (value), "Nd" (port));
 }
 
 static unsigned char inb(unsigned short port)
 {
 	unsigned char value;
 
-	asm volatile("inb %1, %0" : "=a" (value) : "Nd" (port));
+	asm volatile("in %1, %0" : "=a" (value) : "Nd" (port));
 	return value;
 }
 
@@ -131,14 +129,15 @@ static void set_gate(int vector, void (*handler)(void))
 
 static void start_timer(void)
 {
-	struct { unsigned short limit; void *base; } __attribute__((packed)) pointer = {
-		sizeof(idt) - 1, idt,
+	/* The size and the address have to be next to each other. */
+	struct { unsigned short padding[3], limit; void *base; } pointer = {
+		.limit = sizeof(idt) - 1, .base = idt,
 	};
 
 	for (int i = 0; i < TIMER_VECTOR; i++)
 		set_gate(i, fault);
 	set_gate(TIMER_VECTOR, tick);
-	asm volatile("lidt %0" : : "m" (pointer));
+	asm volatile("lidt %0" : : "m" (pointer.limit), "m" (pointer.base));
 	/* Nothing from the two old interrupt controllers. */
 	outb(0xff, 0x21);
 	outb(0xff, 0xa1);
