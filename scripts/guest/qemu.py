@@ -116,7 +116,7 @@ def compiled(name, *sources, flags, arch):
     flags = ["-static", "-O2", "-Wall", *flags, "-isystem" if "-nostdinc" not in flags else "-I",
              str(headers(arch))]
     key = hashlib.sha256(repr((sources, flags)).encode())
-    for source in sources:
+    for source in (*sources, *sorted(GUEST.glob("*.h"))):
         key.update(Path(source).read_bytes())
     out = WORK / f"{name}-{key.hexdigest()[:12]}"
     if not out.exists():
@@ -125,6 +125,10 @@ def compiled(name, *sources, flags, arch):
         command(COMPILERS[arch], *flags, "-o", f"{out}.new", *sources)
         Path(f"{out}.new").rename(out)
     return out
+
+
+def kho_guest():
+    return program("kho-guest", GUEST / "kho-guest.c", GUEST / "luo.c")
 
 
 def selftest(directory, name, nolibc=True):
@@ -180,7 +184,7 @@ def initrd(path, **programs):
     for applet in subprocess.check_output([busybox, "--list"], text=True).split():
         if applet != "busybox":
             cpio.link(f"bin/{applet}", "busybox")
-    cpio.file("bin/kho-guest", program("kho-guest", GUEST / "kho-guest.c"))
+    cpio.file("bin/kho-guest", kho_guest())
     for name, binary in programs.items():
         cpio.file(f"bin/{name}", binary)
     return cpio.write(path)

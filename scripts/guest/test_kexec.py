@@ -13,7 +13,7 @@ import struct
 import libfdt
 import pytest
 
-from . import bench, qemu as g
+from . import bench, qemu as g, vm as machine
 from .qemu import Fail, Guest, spoilt
 
 R, C, P, K, ARM64 = "RUST", "C", "PLAIN", "KUNIT", "ARM64"
@@ -1191,6 +1191,17 @@ def test_every_way(log):
     done.expect_line(1, "kho_kunit: left for the next kernel: 0")
     lines = [line.removeprefix("kho_kunit: ") for line in done.said(2, "kho_kunit: (?!early|border)")]
     expect(f"{lines}", lines == [f"{what} came back" for what in ("folios", "pages", "range", "area")])
+
+
+@pytest.mark.parametrize("kernels, broken", [
+    pytest.param((R, R), False, id="rust"),
+    pytest.param((C, R, C), False, id="c-rust-c"),
+    # One bit of its memory changes, and it notices.
+    pytest.param((R, R), True, id="broken")])
+def test_vm(log, note, kernels, broken):
+    """A virtual machine goes on and finds all of its memory"""
+    hops = machine.through(log, [(kernel.lower(), g.image(kernel)) for kernel in kernels], broken=broken)
+    note(" ".join(f"{at[machine.END] - at['stop']:.0f} ms" for at in hops))
 
 
 def meddle(guest, damage, then, first=PRESERVE, mem="512M", args="", again="", timeout=120, **options):
