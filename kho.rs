@@ -59,26 +59,33 @@ use kernel::{
     warn_on, //
 };
 
+mod kho_boot;
+mod kho_check;
 mod kho_fdt;
+mod kho_grain;
 mod kho_kexec;
 mod kho_key;
+mod kho_libfdt;
+mod kho_log;
 mod kho_memblock;
+mod kho_mm;
+mod kho_nodemem;
 mod kho_pages;
 mod kho_param;
+mod kho_place;
 mod kho_radix;
 mod kho_range;
 mod kho_scratch;
 mod kho_state;
-mod kho_sys;
 mod kho_takeover;
 mod kho_vmalloc;
-mod kho_withheld;
 mod kho_word;
 #[cfg(CONFIG_KEXEC_HANDOVER_RUST_KUNIT_TEST)]
 #[path = "kunit/mod.rs"]
 mod kunit;
 
 use kho_key::Key;
+use kho_nodemem::Direct;
 use kho_radix::{
     Node,
     NodeAddr,
@@ -89,12 +96,14 @@ use kho_radix::{
     Visitor, //
 };
 use kho_range::Frames;
-use kho_sys::Direct;
 
 const __LOG_PREFIX: &[u8] = b"KHO\0";
 
 /// The page size, as a power of two.
 const PAGE_SHIFT: u32 = bindings::PAGE_SHIFT;
+
+/// The order of the largest blocks of the page allocator, which are the grains of takeover.
+const GRAIN_ORDER: u32 = bindings::KHO_MAX_PAGE_ORDER;
 
 // The ABI's constants and layouts, against ours.
 const _: () = {
@@ -172,7 +181,7 @@ unsafe extern "C" fn is_kho_boot() -> bool {
 // Required to be unsafe due to the `#[export]` annotation.
 #[export]
 unsafe extern "C" fn kho_scratch_overlap(phys: u64, size: usize) -> bool {
-    kho_sys::in_scratch(phys, size as u64)
+    kho_place::in_scratch(phys, size as u64)
 }
 
 // Preserving.
@@ -189,7 +198,7 @@ unsafe extern "C" fn kho_scratch_overlap(phys: u64, size: usize) -> bool {
 #[export]
 unsafe extern "C" fn kho_preserve_folio(folio: *mut bindings::folio) -> c_int {
     // SAFETY: By the caller's contract.
-    let block = unsafe { kho_sys::folio_block(folio) };
+    let block = unsafe { kho_mm::folio_block(folio) };
     errno(match block {
         Some(block) => kho_pages::preserve(block),
         None => Err(EINVAL),
@@ -206,7 +215,7 @@ unsafe extern "C" fn kho_preserve_folio(folio: *mut bindings::folio) -> c_int {
 #[export]
 unsafe extern "C" fn kho_unpreserve_folio(folio: *mut bindings::folio) {
     // SAFETY: By the caller's contract.
-    if let Some(block) = unsafe { kho_sys::folio_block(folio) } {
+    if let Some(block) = unsafe { kho_mm::folio_block(folio) } {
         kho_pages::unpreserve(block);
     }
 }
@@ -223,7 +232,7 @@ unsafe extern "C" fn kho_unpreserve_folio(folio: *mut bindings::folio) {
 #[export]
 unsafe extern "C" fn kho_preserve_pages(page: *mut bindings::page, nr_pages: usize) -> c_int {
     // SAFETY: By the caller's contract.
-    let frames = unsafe { kho_sys::page_frames(page, nr_pages) };
+    let frames = unsafe { kho_mm::page_frames(page, nr_pages) };
     errno(frames.ok_or(EINVAL).and_then(kho_pages::preserve_frames))
 }
 
@@ -237,7 +246,7 @@ unsafe extern "C" fn kho_preserve_pages(page: *mut bindings::page, nr_pages: usi
 #[export]
 unsafe extern "C" fn kho_unpreserve_pages(page: *mut bindings::page, nr_pages: usize) {
     // SAFETY: By the caller's contract.
-    if let Some(frames) = unsafe { kho_sys::page_frames(page, nr_pages) } {
+    if let Some(frames) = unsafe { kho_mm::page_frames(page, nr_pages) } {
         kho_pages::unpreserve_frames(frames);
     }
 }
@@ -317,34 +326,17 @@ unsafe extern "C" fn kho_alloc_preserve(size: usize) -> *mut c_void {
     }
 }
 
-/// Undoes `kho_alloc_preserve()` and frees the memory.
-///
-/// # Safety
-///
-/// `mem` must be null or come from `kho_alloc_preserve()`, and not be used after this.
-unsafe fn unpreserve_free(mem: *mut c_void) {
-    if mem.is_null() {
-        return;
-    }
-    // SAFETY: By the caller's contract `mem` is a folio that is preserved and has no other user.
-    unsafe {
-        let folio = bindings::kho_glue_virt_to_folio(mem);
-        kho_unpreserve_folio(folio);
-        bindings::kho_glue_folio_put(folio);
-    }
-}
-
 /// Gives up and frees what `kho_alloc_preserve()` has returned. `NULL` is fine.
 ///
 /// May sleep.
 ///
 /// # Safety
 ///
-/// As [`unpreserve_free`].
+/// `mem` must be null or come from `kho_alloc_preserve()`, and not be used after this.
 #[export]
 unsafe extern "C" fn kho_unpreserve_free(mem: *mut c_void) {
     // SAFETY: By the caller's contract.
-    unsafe { unpreserve_free(mem) };
+    unsafe { kho_pages::unpreserve_free(mem) };
 }
 
 // Restoring.
@@ -378,7 +370,7 @@ unsafe extern "C" fn kho_restore_folio(phys: u64) -> *mut bindings::folio {
 #[export]
 unsafe extern "C" fn kho_restore_pages(phys: u64, nr_pages: usize) -> *mut bindings::page {
     let frames = kho_key::Pfn::from_phys(phys).and_then(|pfn| Frames::new(pfn, nr_pages as u64));
-    kho_pages::restore_frames(frames, phys).map_or(ptr::null_mut(), kho_sys::Page::as_ptr)
+    kho_pages::restore_frames(frames, phys).map_or(ptr::null_mut(), kho_mm::Page::as_ptr)
 }
 
 /// Maps an area that the last kernel has preserved, all of it or nothing.
@@ -414,7 +406,7 @@ unsafe extern "C" fn kho_restore_free(mem: *mut c_void) {
     if mem.is_null() {
         return;
     }
-    match kho_pages::restore_folio(kho_sys::phys(mem)) {
+    match kho_pages::restore_folio(kho_mm::phys(mem)) {
         // SAFETY: The folio was just made, with one reference.
         Some(folio) => unsafe { bindings::kho_glue_folio_put(folio) },
         None => {
@@ -511,7 +503,7 @@ unsafe extern "C" fn kho_populate(
     scratch_phys: u64,
     scratch_len: u64,
 ) {
-    kho_memblock::populate(fdt_phys, fdt_len, scratch_phys, scratch_len);
+    kho_boot::populate(fdt_phys, fdt_len, scratch_phys, scratch_len);
 }
 
 /// Checks what was handed over, and gives memblock more memory to allocate from.
@@ -522,7 +514,7 @@ unsafe extern "C" fn kho_populate(
 #[export]
 #[link_section = ".init.text"]
 unsafe extern "C" fn kho_memory_init_early() {
-    kho_memblock::init_early();
+    kho_boot::init_early();
 }
 
 /// Keeps preserved memory from the page allocator, or reserves scratch on a cold boot.
@@ -533,7 +525,7 @@ unsafe extern "C" fn kho_memory_init_early() {
 #[export]
 #[link_section = ".init.text"]
 unsafe extern "C" fn kho_memory_init() {
-    kho_memblock::init();
+    kho_boot::init();
 }
 
 /// Gives back what lies between preserved memory, as far as that cannot wait.
@@ -544,7 +536,7 @@ unsafe extern "C" fn kho_memory_init() {
 #[export]
 #[link_section = ".init.text"]
 unsafe extern "C" fn kho_memory_init_free() {
-    kho_withheld::init_free();
+    kho_takeover::init_free();
 }
 
 /// Gives back the rest of it.
@@ -555,7 +547,7 @@ unsafe extern "C" fn kho_memory_init_free() {
 #[export]
 #[link_section = ".init.text"]
 unsafe extern "C" fn kho_memory_init_late() {
-    kho_withheld::init_late();
+    kho_takeover::init_late();
 }
 
 /// Reads `kho=`.
@@ -601,7 +593,7 @@ unsafe extern "C" fn kho_rs_map() -> c_int {
         // The map has what is left of scratch.
         kho_scratch::cut();
     }
-    kho_sys::draw_map();
+    kho_place::draw_map();
     0
 }
 
@@ -615,7 +607,7 @@ unsafe extern "C" fn kho_rs_plug(pfn: usize, nr_pages: usize) {
     if let Some(frames) =
         kho_key::Pfn::new(pfn as u64).and_then(|pfn| Frames::new(pfn, nr_pages as u64))
     {
-        kho_sys::plug(frames);
+        kho_place::plug(frames);
     }
 }
 
@@ -628,8 +620,8 @@ unsafe extern "C" fn kho_rs_plug(pfn: usize, nr_pages: usize) {
 #[link_section = ".init.text"]
 unsafe extern "C" fn kho_rs_init() -> c_int {
     // For what came before there were work queues.
-    kho_sys::schedule_summary();
-    errno(kho_state::init())
+    kho_log::schedule_summary();
+    errno(kho_kexec::init())
 }
 
 /// Frees the nodes of the outgoing tree that have become empty. May sleep.
@@ -650,7 +642,7 @@ unsafe extern "C" fn kho_rs_prune() {
 /// Called from one work item.
 #[export]
 unsafe extern "C" fn kho_rs_sum_up() {
-    kho_sys::sum_up();
+    kho_log::sum_up();
 }
 
 // Loading the next kernel.
@@ -706,7 +698,7 @@ unsafe fn radix(tree: *const bindings::kho_radix_tree) -> Option<Tree<Direct>> {
     if warn_on!(root.is_null()) {
         return None;
     }
-    let root = NodeAddr::new(kho_sys::phys(root))?;
+    let root = NodeAddr::new(kho_mm::phys(root))?;
     // SAFETY: By the caller's contract it is sound.
     Some(Tree::from_root(unsafe { Direct::new() }, root))
 }
@@ -745,7 +737,7 @@ unsafe extern "C" fn kho_radix_del_key(tree: *mut bindings::kho_radix_tree, key:
     // SAFETY: By the caller's contract.
     if let (Some(tree), Some(key)) = (unsafe { radix(tree) }, Key::new(key as u64)) {
         if tree.remove(key) == Removal::Absent {
-            kho_sys::complain(kho_sys::Complaint::NoKey, key.get());
+            kho_log::complain(kho_log::Complaint::NoKey, key.get());
         }
     }
 }
@@ -772,12 +764,12 @@ unsafe extern "C" fn kho_radix_init_tree(
         let Ok(new) = Tree::new(unsafe { Direct::new() }) else {
             return ENOMEM.to_errno();
         };
-        root = kho_sys::virt(new.root().get());
+        root = kho_mm::virt(new.root().get());
     }
     // The page may have been the root of another tree, whose nodes its owner has taken back: no CPU
     // may go where a leaf of that tree was.
     // SAFETY: No node is looked at.
-    unsafe { Direct::new() }.forget();
+    unsafe { Direct::new() }.new_generation();
     // SAFETY: By the caller's contract. The mutex is there for the caller: the tree needs none.
     unsafe {
         bindings::kho_glue_mutex_init(&raw mut (*tree).lock);

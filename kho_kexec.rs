@@ -2,14 +2,22 @@
 
 //! What `kexec_file_load()` needs of KHO, and the note that each kernel leaves for the next one.
 
+use super::kho_libfdt::RootFdt;
+use super::kho_mm;
+use super::kho_nodemem::Direct;
 use super::kho_pages;
+use super::kho_place;
+use super::kho_radix::{
+    NodeAddr,
+    Tree, //
+};
 use super::kho_range::{
     self,
     Attempts,
     Shortage, //
 };
+use super::kho_scratch;
 use super::kho_state;
-use super::kho_sys;
 use core::mem::size_of;
 use kernel::{
     bindings,
@@ -36,7 +44,7 @@ pub(crate) unsafe fn fill_image(image: *mut bindings::kimage) -> Result {
         return Ok(());
     }
     let fdt = kho_state::out_fdt().ok_or(EAGAIN)?;
-    let table = kho_sys::scratch();
+    let table = kho_place::scratch();
     let size = core::mem::size_of_val(table);
     let mut buffer = bindings::kexec_buf {
         image,
@@ -87,7 +95,7 @@ pub(crate) unsafe fn locate_hole(
         // SAFETY: See the static.
         unsafe { ATTEMPTS = Attempts::NONE };
     }
-    for area in kho_sys::scratch() {
+    for area in kho_place::scratch() {
         if area.size == 0 {
             continue;
         }
@@ -140,7 +148,7 @@ unsafe fn complain(buffer: &bindings::kexec_buf) {
     });
     let placed = placed.map(|segment| (segment.mem as u64, segment.memsz as u64));
     let mut hole = 0;
-    for area in kho_sys::scratch() {
+    for area in kho_place::scratch() {
         let start = area.addr.max(buffer.buf_min as u64);
         let end = area.addr.saturating_add(area.size);
         let end = end.min((buffer.buf_max as u64).saturating_add(1));
@@ -188,7 +196,7 @@ pub(crate) fn read_metadata() -> u32 {
         pr_warn!("kexec-metadata blob too small: {} bytes\n", blob.size);
         return 0;
     }
-    let metadata = kho_sys::virt::<Metadata>(blob.phys);
+    let metadata = kho_mm::virt::<Metadata>(blob.phys);
     // SAFETY: There is RAM with at least the version, which is all that is looked at.
     let version = unsafe { (&raw const (*metadata).version).read_unaligned() };
     if version != bindings::KHO_KEXEC_METADATA_VERSION {
@@ -239,7 +247,59 @@ pub(crate) fn write_metadata(count: u32) -> Result {
     };
     if added.is_err() {
         // SAFETY: It was allocated above.
-        unsafe { super::unpreserve_free(metadata.cast()) };
+        unsafe { kho_pages::unpreserve_free(metadata.cast()) };
     }
     added
+}
+
+/// Makes the outgoing tree and FDT. Called once, as an `fs_initcall`.
+#[link_section = ".init.text"]
+pub(crate) fn init() -> Result {
+    if !kho_state::is_enabled() {
+        return Ok(());
+    }
+    let result = init_tree();
+    match &result {
+        Ok(()) => kho_scratch::open(),
+        Err(error) => {
+            pr_err!("cannot set up the next handover, disabling kexec handover: {error:?}\n");
+            kho_state::set_enabled(false);
+            kho_scratch::free();
+        }
+    }
+    result
+}
+
+#[link_section = ".init.text"]
+fn init_tree() -> Result {
+    // SAFETY: The tree is made here.
+    let tree = Tree::new(unsafe { Direct::new() }).map_err(|_| ENOMEM)?;
+    kho_state::set_out_tree(Some(tree.root()));
+    if let Err(error) = init_fdt(tree.root()) {
+        kho_state::set_out_fdt(0);
+        kho_state::set_out_tree(None);
+        tree.destroy();
+        return Err(error);
+    }
+    Ok(())
+}
+
+#[link_section = ".init.text"]
+fn init_fdt(root: NodeAddr) -> Result {
+    let page = kho_pages::alloc_preserve(bindings::PAGE_SIZE)?;
+    // SAFETY: The page has just been allocated, and only this function knows it.
+    if unsafe { RootFdt::create(page, root) }.is_err() {
+        // SAFETY: It came from `alloc_preserve()`, and is not used after this.
+        unsafe { kho_pages::unpreserve_free(page) };
+        return Err(EINVAL);
+    }
+    kho_state::set_out_fdt(kho_mm::phys(page));
+    kho_state::open_debugfs()?;
+    let count = read_metadata();
+    // Only a number and a name get lost.
+    if let Err(error) = write_metadata(count.wrapping_add(1)) {
+        pr_warn!("failed to initialize kexec-metadata subtree: {error:?}\n");
+    }
+    kho_state::show_incoming();
+    Ok(())
 }

@@ -63,6 +63,29 @@ impl Order {
         1u64.wrapping_shl(self.get())
     }
 
+    /// Returns the bits of a frame number that are 0 in the first frame of a block of this order.
+    #[inline]
+    pub(crate) const fn mask(self) -> u64 {
+        self.pages().saturating_sub(1)
+    }
+
+    /// Returns how many blocks of this order start below frame `pfn`.
+    #[inline]
+    pub(crate) fn blocks_below(self, pfn: u64) -> u64 {
+        let whole = pfn.wrapping_shr(self.get());
+        whole.saturating_add(u64::from(pfn & self.mask() != 0))
+    }
+
+    /// Returns the next smaller order, if there is one.
+    #[inline]
+    pub(crate) const fn below(self) -> Option<Self> {
+        match self.0.checked_sub(1) {
+            // INVARIANT: It is smaller than an order.
+            Some(order) => Some(Self(order)),
+            None => None,
+        }
+    }
+
     /// Returns all orders, smallest first.
     pub(crate) fn all() -> impl Iterator<Item = Self> {
         // INVARIANT: The range ends at the maximum.
@@ -150,7 +173,7 @@ impl Block {
         }
         // INVARIANT: The low bits are cleared; a smaller number stays a frame number.
         Self {
-            pfn: Pfn(self.pfn.get() & !order.pages().wrapping_sub(1)),
+            pfn: Pfn(self.pfn.get() & !order.mask()),
             order,
         }
     }

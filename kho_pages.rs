@@ -22,40 +22,26 @@ use super::kho_key::{
     Order,
     Pfn, //
 };
-use super::kho_radix::Removal;
-use super::kho_range::Frames;
-use super::kho_state;
-use super::kho_sys::{
+use super::kho_log::{
     self,
-    Complaint,
+    Complaint, //
+};
+use super::kho_mm::{
+    self,
     Mark,
     Page, //
 };
-use super::kho_withheld;
+use super::kho_nodemem;
+use super::kho_place;
+use super::kho_radix::Removal;
+use super::kho_range::Frames;
+use super::kho_state;
+use super::kho_takeover;
+use core::ptr::NonNull;
 use kernel::{
     bindings,
     prelude::*, //
 };
-
-/// Refuses memory that the next kernel could not take over.
-///
-/// # Errors
-///
-/// `EINVAL` in a scratch area: the next kernel boots in there. Movable memory may lie there, and
-/// has to be pinned before it is preserved. `EADDRNOTAVAIL` for memory that was plugged in while
-/// this kernel ran: the next one boots with the memory that firmware tells of.
-#[inline(never)]
-pub(crate) fn check_place(frames: Frames) -> Result {
-    if kho_sys::in_scratch(frames.phys(), frames.bytes()) {
-        kho_sys::complain(Complaint::InScratch, frames.phys());
-        return Err(EINVAL);
-    }
-    if kho_sys::is_plugged(frames) {
-        kho_sys::complain(Complaint::Plugged, frames.phys());
-        return Err(EADDRNOTAVAIL);
-    }
-    Ok(())
-}
 
 /// Preserves a block.
 ///
@@ -65,8 +51,8 @@ pub(crate) fn check_place(frames: Frames) -> Result {
 /// that counts on being the one to undo it), `ENOMEM`; else as [`check_place`].
 #[inline(always)]
 pub(crate) fn preserve(block: Block) -> Result {
-    if kho_sys::may_be_refused(block) {
-        check_place(Frames::of_block(block))?;
+    if kho_place::may_be_refused(block) {
+        kho_place::check_place(Frames::of_block(block))?;
     }
     let tree = kho_state::out_tree().ok_or(EOPNOTSUPP)?;
     match tree.add(Key::of(block)) {
@@ -90,7 +76,7 @@ pub(crate) fn unpreserve(block: Block) {
     };
     match tree.remove(Key::of(block)) {
         Removal::Removed => {}
-        Removal::Emptied => kho_sys::schedule_prune(),
+        Removal::Emptied => kho_nodemem::schedule_prune(),
         Removal::Absent => complain_absent(Key::of(block)),
     }
 }
@@ -119,9 +105,9 @@ fn preserve_blocks(frames: Frames) -> Result {
     if frames.count() == 0 {
         return Ok(());
     }
-    check_place(frames)?;
+    kho_place::check_place(frames)?;
     let tree = kho_state::out_tree().ok_or(EOPNOTSUPP)?;
-    let keys = frames.blocks(kho_sys::one_node).map(Key::of);
+    let keys = frames.blocks(kho_mm::one_node).map(Key::of);
     tree.add_all(keys).map_err(|(key, error)| {
         let done = key
             .block()
@@ -145,9 +131,9 @@ fn unpreserve_blocks(frames: Frames) {
     let Some(tree) = kho_state::out_tree() else {
         return;
     };
-    let keys = frames.blocks(kho_sys::one_node).map(Key::of);
+    let keys = frames.blocks(kho_mm::one_node).map(Key::of);
     if tree.remove_all(keys, complain_absent) {
-        kho_sys::schedule_prune();
+        kho_nodemem::schedule_prune();
     }
 }
 
@@ -155,7 +141,7 @@ fn unpreserve_blocks(frames: Frames) {
 #[cold]
 fn complain_absent(key: Key) {
     let phys = key.block().map_or(0, |block| block.pfn().phys());
-    kho_sys::complain(Complaint::NotPreserved, phys);
+    kho_log::complain(Complaint::NotPreserved, phys);
 }
 
 /// Memory below this is used by each kernel that boots on x86, whatever was preserved there
@@ -171,7 +157,7 @@ const LOW: u64 = if cfg!(CONFIG_X86) { 1 << 20 } else { 0 };
 pub(crate) fn preserve_phys(phys: u64, size: usize) -> Result {
     let frames = Frames::exact(phys, size as u64).ok_or(EINVAL)?;
     // What is no RAM would make the next kernel refuse all of the handover.
-    if phys < LOW || !kho_sys::is_online_ram(frames) {
+    if phys < LOW || !kho_mm::is_online_ram(frames) {
         return Err(EINVAL);
     }
     preserve_frames(frames)
@@ -181,7 +167,7 @@ pub(crate) fn preserve_phys(phys: u64, size: usize) -> Result {
 /// [`None`] if none was preserved at `phys` or it has been restored.
 #[inline(always)]
 pub(crate) fn restore_folio(phys: u64) -> Option<*mut bindings::folio> {
-    if kho_withheld::is_pending() {
+    if kho_takeover::is_pending() {
         settle_folio(phys);
     }
     if let Some(page) = Page::online(phys >> super::PAGE_SHIFT) {
@@ -190,7 +176,7 @@ pub(crate) fn restore_folio(phys: u64) -> Option<*mut bindings::folio> {
             return Some(folio);
         }
     }
-    kho_sys::complain(Complaint::NothingToRestore, phys);
+    kho_log::complain(Complaint::NothingToRestore, phys);
     None
 }
 
@@ -200,7 +186,7 @@ pub(crate) fn restore_folio(phys: u64) -> Option<*mut bindings::folio> {
 fn settle_folio(phys: u64) {
     let settle = |size| {
         if let Some(frames) = Frames::covering(phys, size) {
-            kho_withheld::settle(frames);
+            kho_takeover::settle(frames);
         }
     };
     settle(1);
@@ -216,7 +202,7 @@ fn settle_folio(phys: u64) {
 /// preserved. Returns the first page; or [`None`], and nothing is claimed, if there is a block that
 /// is not preserved or does not end in the range, or no block at all.
 pub(crate) fn claim(frames: Frames) -> Option<Page> {
-    kho_withheld::settle(frames);
+    kho_takeover::settle(frames);
     if frames.count() == 1 {
         let page = Page::online(frames.start())?;
         let done = page.turn(Mark::Preserved, Mark::Claimed, Order::ZERO);
@@ -276,7 +262,7 @@ fn walk(frames: Frames, mark: Mark, mut each: impl FnMut(Page, Order) -> bool) -
 pub(crate) fn restore_frames(frames: Option<Frames>, phys: u64) -> Option<Page> {
     let claimed = frames.and_then(|frames| Some((claim(frames)?, frames)));
     let Some((page, frames)) = claimed else {
-        kho_sys::complain(Complaint::NothingToRestore, phys);
+        kho_log::complain(Complaint::NothingToRestore, phys);
         return None;
     };
     take(frames);
@@ -298,16 +284,34 @@ pub(crate) fn alloc_preserve(size: usize) -> Result<*mut c_void> {
     // Not after an allocation that would be for nothing.
     kho_state::out_tree().ok_or(EOPNOTSUPP)?;
     let order = Order::new(order).ok_or(E2BIG)?;
-    let folio = kho_sys::alloc_folio(order).ok_or(ENOMEM)?;
-    let block = Pfn::from_phys(kho_sys::phys(folio.as_ptr()))
+    let folio = kho_mm::alloc_folio(order).ok_or(ENOMEM)?;
+    let block = Pfn::from_phys(kho_mm::phys(folio.as_ptr()))
         .and_then(|pfn| Block::new(pfn, order))
         .ok_or(EINVAL);
     match block.and_then(preserve_block) {
         Ok(()) => Ok(folio.as_ptr()),
         Err(error) => {
             // SAFETY: The folio is ours.
-            unsafe { kho_sys::free_folio(folio) };
+            unsafe { kho_mm::free_folio(folio) };
             Err(error)
         }
     }
+}
+
+/// Undoes [`alloc_preserve`] and frees the memory.
+///
+/// # Safety
+///
+/// `mem` must be null or come from [`alloc_preserve`], and not be used after this.
+pub(crate) unsafe fn unpreserve_free(mem: *mut c_void) {
+    let Some(folio) = NonNull::new(mem) else {
+        return;
+    };
+    // SAFETY: By the caller's contract it is a folio.
+    let block = unsafe { kho_mm::folio_block(bindings::kho_glue_virt_to_folio(mem)) };
+    if let Some(block) = block {
+        unpreserve_block(block);
+    }
+    // SAFETY: By the caller's contract it has no other user.
+    unsafe { kho_mm::free_folio(folio) };
 }

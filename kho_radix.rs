@@ -20,29 +20,29 @@
 //! [`Tree::add`], [`Tree::remove`] and all readers may run at once, without a lock:
 //!
 //! - An absent subtree is built aside, key included, and published by one compare-and-swap of the
-//!   entry that lacks it. Who loses that race goes on in the winner's subtree.
+//!   entry that lacks it. The loser continues in the winner's subtree.
 //! - All nodes an insertion may need are allocated before anything is published, so that it
 //!   happens whole or not at all.
 //! - A published node stays where it is. Only [`Tree::prune`] and [`Tree::destroy`] take nodes
-//!   away, and need to be alone in the tree. [`NodeMem::enter`] is how `add` and `remove` keep
-//!   out of `prune`'s way.
+//!   away, and need to be alone in the tree. `add` and `remove` hold the guard that
+//!   [`NodeMem::enter`] returns, and `prune` waits until nobody holds one.
 //!
 //! # Hints
 //!
 //! Keys of one order that are added or removed one after the other mostly share a leaf. So each
-//! CPU notes the leaf that it used last for an order, see [`Hints`], and goes there without a
+//! CPU remembers the leaf that it used last for an order, see [`Hints`], and goes there without a
 //! descent if the next key belongs to it:
 //!
 //! ```text
 //!  hint    generation | root | key >> LEAF_BITS | leaf
-//!          the same as now, as this tree's, as this key's?  yes: the leaf.  no: descend, and note.
+//!          the same as now, as this tree's, as this key's?  yes: the leaf.  no: descend, remember.
 //! ```
 //!
 //! A hint says "this tree has that leaf for those keys", which stays true for as long as no node is
-//! taken away, whoever noted it. [`NodeMem::forget`] starts a new generation and so makes all hints
-//! useless at once; `prune` and `destroy` call it while they are alone, before they free anything.
-//! Hints are read and written between `enter` and the end of the pass only. So whoever finds a hint
-//! of the present generation is in the tree, and no node has been taken away since it was noted.
+//! taken away. [`NodeMem::new_generation`] invalidates all hints at once; `prune` and `destroy`
+//! call it while they are alone, before they free anything. Hints are read and written under a
+//! guard only. So a CPU that finds a hint of the present generation is in the tree, and no node has
+//! been taken away since the hint was written.
 //!
 //! Hints are no shared state: CPUs that use different leaves write to no common cache line.
 //!
@@ -53,12 +53,16 @@ use super::kho_key::{
     Key,
     KEY_BITS, //
 };
-use super::kho_word::Word;
+use super::kho_word::{
+    bits_between,
+    Word, //
+};
 use super::PAGE_SHIFT;
 use core::{
     cell::Cell,
     mem::size_of,
-    num::NonZeroU64, //
+    num::NonZeroU64,
+    ops::Range, //
 };
 
 /// Entries of a table, as a power of two (`KHO_TABLE_SIZE_LOG2`).
@@ -80,7 +84,7 @@ pub(crate) const WORDS: u64 = 1 << TABLE_BITS;
 pub(crate) const WORD_BITS: u64 = u64::BITS as u64;
 
 /// Bits, and so keys, in a leaf.
-const LEAF_SIZE: u64 = 1 << LEAF_BITS;
+pub(crate) const LEAF_SIZE: u64 = 1 << LEAF_BITS;
 
 /// A node: a table of physical addresses, or a leaf's bitmap.
 #[repr(C)]
@@ -97,6 +101,7 @@ impl Node {
     }
 
     /// Returns the index and the value of the first word from `index` on that is not 0.
+    // Always inlined: takeover calls it for every word of a leaf, most of which are in use.
     #[inline(always)]
     pub(crate) fn next_used(&self, index: u64) -> Option<(u64, u64)> {
         if index < WORDS {
@@ -109,11 +114,11 @@ impl Node {
     }
 
     /// As [`Node::next_used`], where the first word is likely to be 0. Words from `end` on, which
-    /// is [`WORDS`] at the most, are not looked at.
+    /// is at most [`WORDS`], are not looked at.
     #[inline(never)]
     fn search_used(&self, index: u64, end: u64) -> Option<(u64, u64)> {
         let mut rest = self.words.get(index as usize..end as usize)?;
-        // Most words of most nodes are 0.
+        // Most words of most nodes are 0. A loop over each of them takes three times as long.
         while let [a, b, c, d, e, f, g, h, tail @ ..] = rest {
             let low = a.load() | b.load() | c.load() | d.load();
             if low | e.load() | f.load() | g.load() | h.load() != 0 {
@@ -121,32 +126,25 @@ impl Node {
             }
             rest = tail;
         }
-        let mut index = end.wrapping_sub(rest.len() as u64);
-        for word in rest {
-            let value = word.load();
-            if value != 0 {
-                return Some((index, value));
-            }
-            index = index.wrapping_add(1);
-        }
-        None
+        (end.saturating_sub(rest.len() as u64)..end)
+            .zip(rest.iter().map(Word::load))
+            .find(|(_, value)| *value != 0)
     }
 
-    /// Returns the first entry of a table from `index` to before `end` that is used, and where it
-    /// leads.
-    fn next_child(&self, index: u64, end: u64) -> Option<(u64, NodeAddr)> {
-        let (index, _) = self.search_used(index, end)?;
-        Some((index, NodeAddr::new(self.word(index).follow())?))
+    /// Returns the entries of a table from `index` to before `end` that are used, and where they
+    /// lead.
+    fn children_between(&self, index: u64, end: u64) -> impl Iterator<Item = (u64, NodeAddr)> + '_ {
+        let mut from = index;
+        core::iter::from_fn(move || {
+            let (index, _) = self.search_used(from, end)?;
+            from = index.saturating_add(1);
+            Some((index, NodeAddr::new(self.word(index).follow())?))
+        })
     }
 
     /// Returns all entries of a table that are used, and where they lead.
     fn children(&self) -> impl Iterator<Item = (u64, NodeAddr)> + '_ {
-        let mut from = 0;
-        core::iter::from_fn(move || {
-            let child = self.next_child(from, WORDS)?;
-            from = child.0.wrapping_add(1);
-            Some(child)
-        })
+        self.children_between(0, WORDS)
     }
 
     /// Returns whether all words are 0.
@@ -161,24 +159,20 @@ impl Node {
             return None;
         }
         let mut index = from / WORD_BITS;
-        let mut word = self.word(index).load() & u64::MAX.wrapping_shl(from as u32);
+        let mut word = self.word(index).load() & bits_between(from % WORD_BITS, WORD_BITS);
         if word == 0 {
-            (index, word) = self.search_used(index.wrapping_add(1), WORDS)?;
+            (index, word) = self.search_used(index + 1, WORDS)?;
         }
         let skip = word.trailing_zeros();
-        let first = index.wrapping_mul(WORD_BITS).wrapping_add(skip.into());
+        let first = index.saturating_mul(WORD_BITS) | u64::from(skip);
         let mut count = u64::from(word.wrapping_shr(skip).trailing_ones());
         // A run that reaches the end of its word may go on in the next one.
-        while first.wrapping_add(count) % WORD_BITS == 0 {
-            index = index.wrapping_add(1);
-            if index >= WORDS {
-                break;
-            }
-            let more = self.word(index).load().trailing_ones();
-            if more == 0 {
-                break;
-            }
-            count = count.wrapping_add(more.into());
+        let mut is_open = u64::from(skip).saturating_add(count) == WORD_BITS;
+        while is_open && index < WORDS - 1 {
+            index += 1;
+            let more = u64::from(self.word(index).load().trailing_ones());
+            count = count.saturating_add(more);
+            is_open = more == WORD_BITS;
         }
         Some((first, count))
     }
@@ -186,25 +180,28 @@ impl Node {
     /// Sets `count` bits from bit `from` on, while nobody else uses the node; returns how many
     /// were set before.
     #[link_section = ".init.text"]
-    pub(crate) fn fill(&self, from: u64, count: u64) -> u64 {
+    pub(crate) fn set_range(&self, from: u64, count: u64) -> u64 {
         let end = from.saturating_add(count).min(LEAF_SIZE);
-        let (mut at, mut again) = (from, 0u64);
-        while at < end {
-            let bits = (WORD_BITS - at % WORD_BITS).min(end.wrapping_sub(at));
-            let mask = u64::MAX.wrapping_shr(WORD_BITS.wrapping_sub(bits) as u32);
-            let mask = mask.wrapping_shl(at as u32);
-            let word = self.word(at / WORD_BITS);
+        let mut again = 0u64;
+        let mut set = |index: u64, mask: u64| {
+            let word = self.word(index);
             let old = word.load();
             word.store(old | mask);
-            again = again.wrapping_add((old & mask).count_ones().into());
-            at = at.wrapping_add(bits);
-            // Most of a large block is whole words that nobody has set.
-            let mut index = at / WORD_BITS;
-            while index < end / WORD_BITS && self.word(index).load() == 0 {
-                self.word(index).store(u64::MAX);
-                index = index.wrapping_add(1);
+            if old != 0 {
+                again = again.saturating_add((old & mask).count_ones().into());
             }
-            at = at.max(index.wrapping_mul(WORD_BITS));
+        };
+        let (first, last) = (from / WORD_BITS, end / WORD_BITS);
+        let head = bits_between(from % WORD_BITS, WORD_BITS);
+        let tail = bits_between(0, end % WORD_BITS);
+        if first < last {
+            set(first, head);
+            for index in (first..last).skip(1) {
+                set(index, u64::MAX);
+            }
+            set(last, tail);
+        } else if from < end {
+            set(first, head & tail);
         }
         again
     }
@@ -219,15 +216,10 @@ impl Node {
     ) -> impl Iterator<Item = (u64, u64)> + '_ {
         let (first, last) = (first.get(), last.get());
         (first / WORD_BITS..=last / WORD_BITS).map(move |index| {
-            let key = index.wrapping_mul(WORD_BITS);
-            let mut word = self.word(index).load();
-            if key < first {
-                word &= u64::MAX.wrapping_shl(first as u32);
-            }
-            if last.wrapping_sub(key) < WORD_BITS {
-                word &= u64::MAX.wrapping_shr(!(last as u32));
-            }
-            (key, word)
+            let key = index.saturating_mul(WORD_BITS);
+            let from = first.saturating_sub(key);
+            let end = last.saturating_sub(key).saturating_add(1);
+            (key, self.word(index).load() & bits_between(from, end))
         })
     }
 
@@ -236,7 +228,7 @@ impl Node {
         let mut from = 0;
         core::iter::from_fn(move || {
             let (first, count) = self.run_from(from)?;
-            from = first.wrapping_add(count);
+            from = first.saturating_add(count);
             Some((first, count))
         })
     }
@@ -271,7 +263,7 @@ impl NodeAddr {
 #[derive(Default)]
 pub(crate) struct Hints([Hint; HINTS]);
 
-/// How many keys are added or removed in one pass at the most. A range of memory rarely has more
+/// How many keys are added or removed under one guard at most. A range of memory rarely has more
 /// blocks, and preemption is disabled meanwhile.
 const BATCH: u32 = 64;
 
@@ -307,7 +299,7 @@ struct Hint {
 impl Hint {
     /// Returns the leaf for `key`, if it is the one that was noted.
     #[inline(always)]
-    fn recall(&self, generation: u64, root: NodeAddr, key: Key) -> Option<NodeAddr> {
+    fn leaf_for(&self, generation: u64, root: NodeAddr, key: Key) -> Option<NodeAddr> {
         if self.keys.get() != leaf_keys(key)
             || self.root.get() != root.get()
             || self.generation.get() != generation
@@ -318,7 +310,7 @@ impl Hint {
     }
 
     #[inline(always)]
-    fn note(&self, generation: u64, root: NodeAddr, key: Key, leaf: NodeAddr) {
+    fn remember(&self, generation: u64, root: NodeAddr, key: Key, leaf: NodeAddr) {
         self.generation.set(generation);
         self.root.set(root.get());
         self.keys.set(leaf_keys(key));
@@ -339,12 +331,12 @@ impl Default for Hint {
 }
 
 /// Being in the tree, until this is dropped.
-pub(crate) trait Pass {
-    /// Returns the hints of this CPU, which nobody else uses during the pass.
+pub(crate) trait Guard {
+    /// Returns the hints of this CPU, which nobody else uses during the guard.
     fn hints(&self) -> &Hints;
 
     /// Returns the generation that nodes were of when the tree was entered. It stays the same until
-    /// the pass ends.
+    /// the guard ends.
     fn generation(&self) -> u64;
 }
 
@@ -353,16 +345,16 @@ pub(crate) trait NodeMem: Copy {
     /// Is held by [`Tree::add`], [`Tree::remove`] and those that do the same to many keys, while
     /// they look at nodes, but not while they allocate. [`Tree::prune`] must only be called while
     /// nobody holds one.
-    type Pass<'a>: Pass
+    type Guard<'a>: Guard
     where
         Self: 'a;
 
     /// Enters the tree, waiting while it is being pruned.
-    fn enter(&self) -> Self::Pass<'_>;
+    fn enter(&self) -> Self::Guard<'_>;
 
     /// Starts a new generation of nodes: all [`Hints`] are useless from now on, in all trees of
     /// this memory. Nobody may be in a tree of which nodes are about to be taken away.
-    fn forget(&self);
+    fn new_generation(&self);
 
     /// Allocates a node of zeroes. May sleep.
     fn alloc(&self) -> Option<NodeAddr>;
@@ -394,12 +386,12 @@ pub(crate) enum Removal {
 }
 
 /// Nodes for one insertion, allocated before anything is published.
-struct Stock<'m, M: NodeMem> {
+struct Preload<'m, M: NodeMem> {
     mem: &'m M,
     nodes: [Option<NodeAddr>; ROOT as usize],
 }
 
-impl<'m, M: NodeMem> Stock<'m, M> {
+impl<'m, M: NodeMem> Preload<'m, M> {
     fn new(mem: &'m M) -> Self {
         Self {
             mem,
@@ -421,19 +413,17 @@ impl<'m, M: NodeMem> Stock<'m, M> {
     /// Links the nodes below `level` into a subtree that holds `key` only, and returns its top.
     /// [`None`] means that there are not enough of them.
     ///
-    /// A stock is for one key, and so each of its nodes for one entry: what an attempt has written
-    /// that came to nothing is written again by the next one.
+    /// The nodes are for one key, and each of them is for one entry: the next attempt overwrites
+    /// what one that failed has written.
     fn link(&self, level: u32, key: Key) -> Option<NodeAddr> {
         let mut below = (leaf_index(key), leaf_mask(key));
         let mut top = None;
-        let mut at = 0u32;
-        while at < level {
+        for at in 0..level {
             let addr = (*self.nodes.get(at as usize)?)?;
             let (index, value) = below;
             self.mem.node(addr).word(index).store(value);
             top = Some(addr);
-            at = at.wrapping_add(1);
-            below = (table_index(key, at), addr.get());
+            below = (table_index(key, at + 1), addr.get());
         }
         top
     }
@@ -447,7 +437,7 @@ impl<'m, M: NodeMem> Stock<'m, M> {
     }
 }
 
-impl<M: NodeMem> Drop for Stock<'_, M> {
+impl<M: NodeMem> Drop for Preload<'_, M> {
     #[inline]
     fn drop(&mut self) {
         for addr in self.nodes.iter().flatten() {
@@ -468,6 +458,20 @@ const fn level_shift(level: u32) -> u32 {
 #[inline(always)]
 const fn table_index(key: Key, level: u32) -> u64 {
     key.get().wrapping_shr(level_shift(level))
+}
+
+/// Returns the first key below entry `index` of a table at `level` whose keys start at `first`.
+#[inline(always)]
+const fn child_first(first: u64, level: u32, index: u64) -> u64 {
+    first | index.wrapping_shl(level_shift(level))
+}
+
+/// Returns the last key of a node at `level` whose keys start at `first`.
+#[inline]
+const fn last_key(first: u64, level: u32) -> u64 {
+    // The keys of the root have all bits that its entries could tell apart.
+    let bits = level_shift(level.saturating_add(1)) as u64;
+    first | bits_between(0, bits)
 }
 
 /// Returns the bits of `key` that it shares with all keys of its leaf.
@@ -519,7 +523,7 @@ impl<M: NodeMem> Tree<M> {
         while level > 0 {
             let entry = self.mem.node(addr).word(table_index(key, level));
             addr = NodeAddr::new(entry.follow()).ok_or((level, entry))?;
-            level = level.wrapping_sub(1);
+            level -= 1;
         }
         Ok(addr)
     }
@@ -533,20 +537,21 @@ impl<M: NodeMem> Tree<M> {
     /// Returns where the leaf for `key` is, if it is the one that was noted.
     // The address, which is known not to be 0: a reference would be looked at once more.
     #[inline(always)]
-    fn recall(&self, pass: &M::Pass<'_>, key: Key) -> Option<NodeAddr> {
-        let hint = pass.hints().of(key);
-        hint.recall(pass.generation(), self.root, key)
+    fn hinted_leaf(&self, guard: &M::Guard<'_>, key: Key) -> Option<NodeAddr> {
+        let hint = guard.hints().of(key);
+        hint.leaf_for(guard.generation(), self.root, key)
     }
 
     /// Finds the leaf for `key` as [`Tree::find_leaf`], and notes it.
     #[inline(never)]
-    fn search(&self, pass: &M::Pass<'_>, key: Key) -> Option<&Node> {
+    fn search(&self, guard: &M::Guard<'_>, key: Key) -> Option<&Node> {
         let addr = self.locate(key).ok()?;
-        // INVARIANT: It has just been found. No node is taken away during the pass, and the
+        // INVARIANT: It has just been found. No node is taken away during the guard, and the
         // generation changes before any is.
-        pass.hints()
+        guard
+            .hints()
             .of(key)
-            .note(pass.generation(), self.root, key, addr);
+            .remember(guard.generation(), self.root, key, addr);
         Some(self.mem.node(addr))
     }
 
@@ -557,19 +562,19 @@ impl<M: NodeMem> Tree<M> {
     /// [`NoMemory`] if a node was needed and could not be allocated; the tree is as it was then.
     #[inline(always)]
     pub(crate) fn add(&self, key: Key) -> Result<bool, NoMemory> {
-        let pass = self.mem.enter();
-        match self.recall(&pass, key) {
+        let guard = self.mem.enter();
+        match self.hinted_leaf(&guard, key) {
             Some(leaf) => Ok(set(self.mem.node(leaf), key)),
-            None => Self::from_root(self.mem, self.root).add_elsewhere(pass, key),
+            None => Self::from_root(self.mem, self.root).add_elsewhere(guard, key),
         }
     }
 
     /// Returns the leaf for `key`, by the hint if that is the one.
     #[inline(always)]
-    fn approach(&self, pass: &M::Pass<'_>, key: Key) -> Option<&Node> {
-        match self.recall(pass, key) {
+    fn leaf_for(&self, guard: &M::Guard<'_>, key: Key) -> Option<&Node> {
+        match self.hinted_leaf(guard, key) {
             Some(leaf) => Some(self.mem.node(leaf)),
-            None => self.search(pass, key),
+            None => self.search(guard, key),
         }
     }
 
@@ -603,12 +608,12 @@ impl<M: NodeMem> Tree<M> {
         keys: &mut impl Iterator<Item = Key>,
     ) -> Result<Option<Key>, (Key, Option<NoMemory>)> {
         loop {
-            let pass = self.mem.enter();
+            let guard = self.mem.enter();
             for _ in 0..BATCH {
                 let Some(key) = keys.next() else {
                     return Ok(None);
                 };
-                match self.approach(&pass, key) {
+                match self.leaf_for(&guard, key) {
                     Some(leaf) if set(leaf, key) => {}
                     Some(_) => return Err((key, None)),
                     None => return Ok(Some(key)),
@@ -636,10 +641,10 @@ impl<M: NodeMem> Tree<M> {
     #[inline(always)]
     fn remove_some(&self, keys: &mut impl Iterator<Item = Key>, emptied: &mut bool) -> Option<Key> {
         loop {
-            let pass = self.mem.enter();
+            let guard = self.mem.enter();
             for _ in 0..BATCH {
                 let key = keys.next()?;
-                match self.approach(&pass, key).map(|leaf| clear(leaf, key)) {
+                match self.leaf_for(&guard, key).map(|leaf| clear(leaf, key)) {
                     Some(Removal::Removed) => {}
                     Some(Removal::Emptied) => *emptied = true,
                     Some(Removal::Absent) | None => return Some(key),
@@ -651,11 +656,11 @@ impl<M: NodeMem> Tree<M> {
     /// Adds `key` to another leaf than the last one.
     // By value, so that the tree need not be in memory for `add()` to call this.
     #[inline(never)]
-    fn add_elsewhere(self, pass: M::Pass<'_>, key: Key) -> Result<bool, NoMemory> {
-        if let Some(leaf) = self.search(&pass, key) {
+    fn add_elsewhere(self, guard: M::Guard<'_>, key: Key) -> Result<bool, NoMemory> {
+        if let Some(leaf) = self.search(&guard, key) {
             return Ok(set(leaf, key));
         }
-        drop(pass);
+        drop(guard);
         self.grow(key)
     }
 
@@ -663,18 +668,18 @@ impl<M: NodeMem> Tree<M> {
     #[cold]
     #[inline(never)]
     fn grow(&self, key: Key) -> Result<bool, NoMemory> {
-        let mut stock = Stock::new(&self.mem);
-        // Each turn sees a tree with fewer nodes missing or, after a prune, has more in stock.
+        let mut preload = Preload::new(&self.mem);
+        // Each turn sees a tree with fewer nodes missing or, after a prune, has more preloaded.
         loop {
             let missing = {
                 let _pass = self.mem.enter();
                 match self.find(key) {
                     Ok(leaf) => return Ok(set(leaf, key)),
-                    Err((level, entry)) => match stock.link(level, key) {
+                    Err((level, entry)) => match preload.link(level, key) {
                         None => level,
                         Some(top) => {
                             if entry.publish(top.get()).is_ok() {
-                                stock.spend(level);
+                                preload.spend(level);
                                 return Ok(true);
                             }
                             continue;
@@ -682,24 +687,24 @@ impl<M: NodeMem> Tree<M> {
                     },
                 }
             };
-            stock.fill(missing)?;
+            preload.fill(missing)?;
         }
     }
 
     /// Removes `key`.
     #[inline(always)]
     pub(crate) fn remove(&self, key: Key) -> Removal {
-        let pass = self.mem.enter();
-        match self.recall(&pass, key) {
+        let guard = self.mem.enter();
+        match self.hinted_leaf(&guard, key) {
             Some(leaf) => clear(self.mem.node(leaf), key),
-            None => Self::from_root(self.mem, self.root).remove_elsewhere(pass, key),
+            None => Self::from_root(self.mem, self.root).remove_elsewhere(guard, key),
         }
     }
 
     /// Removes `key` from another leaf than the last one.
     #[inline(never)]
-    fn remove_elsewhere(self, pass: M::Pass<'_>, key: Key) -> Removal {
-        match self.search(&pass, key) {
+    fn remove_elsewhere(self, guard: M::Guard<'_>, key: Key) -> Removal {
+        match self.search(&guard, key) {
             Some(leaf) => clear(leaf, key),
             None => Removal::Absent,
         }
@@ -731,50 +736,38 @@ impl<M: NodeMem> Tree<M> {
     /// room for.
     #[link_section = ".init.text"]
     pub(crate) fn next_leaf(&self, from: Key, last: Key) -> Option<(u64, &Node)> {
-        let mut path = [None; DEPTH as usize];
-        let mut key = from.get();
-        let mut level = ROOT;
-        let mut node = self.mem.node(self.root);
-        loop {
-            let shift = level_shift(level);
-            let start = key.wrapping_shr(shift) & (WORDS - 1);
-            // Where this table reaches beyond `last`, the rest of it need not be looked at.
-            let above = level_shift(level.wrapping_add(1));
-            let end = match last.get().wrapping_shr(above) == key.wrapping_shr(above) {
-                true => (last.get().wrapping_shr(shift) & (WORDS - 1)).wrapping_add(1),
-                false => WORDS,
-            };
-            let child = node.next_child(start, end);
-            if let Some((index, addr)) = child {
-                if index != start {
-                    key = (key.wrapping_shr(shift) & !(WORDS - 1) | index).wrapping_shl(shift);
-                }
-                if key > last.get() {
-                    return None;
-                }
-                let child = self.mem.node(addr);
-                if level == 1 {
-                    return Some((key & !(LEAF_SIZE - 1), child));
-                }
-                if let Some(slot) = path.get_mut(level as usize) {
-                    *slot = Some(node);
-                }
-                node = child;
-                level = level.wrapping_sub(1);
-                continue;
+        self.leaf_between(self.mem.node(self.root), ROOT, 0, (from, last))
+    }
+
+    /// As [`Tree::next_leaf`], below a table whose keys start at `first`.
+    #[link_section = ".init.text"]
+    fn leaf_between(
+        &self,
+        table: &Node,
+        level: u32,
+        first: u64,
+        bounds: (Key, Key),
+    ) -> Option<(u64, &Node)> {
+        let (from, last) = bounds;
+        let start = match from.get() > first {
+            true => table_index(from, level) & (WORDS - 1),
+            false => 0,
+        };
+        let end = match last.get() < last_key(first, level) {
+            true => (table_index(last, level) & (WORDS - 1)) + 1,
+            false => WORDS,
+        };
+        for (index, addr) in table.children_between(start, end) {
+            let (child, first) = (self.mem.node(addr), child_first(first, level, index));
+            if level <= 1 {
+                return Some((first, child));
             }
-            // Nothing more here: on to the entry after this one in the nearest table above that
-            // has one. After the last entry of a table, the sum carries to the tables above it.
-            let shift = level_shift(level.wrapping_add(1));
-            key = key.wrapping_shr(shift).wrapping_add(1).wrapping_shl(shift);
-            loop {
-                level = level.wrapping_add(1);
-                node = (*path.get(level as usize)?)?;
-                if key.wrapping_shr(level_shift(level)) & (WORDS - 1) != 0 {
-                    break;
-                }
+            let found = self.leaf_between(child, level - 1, first, bounds);
+            if found.is_some() {
+                return found;
             }
         }
+        None
     }
 
     /// Returns the runs of adjacent keys from the first to the last of `bounds`, ascending. For
@@ -785,6 +778,7 @@ impl<M: NodeMem> Tree<M> {
             leaf: None,
             at: bounds.0.get(),
             last: bounds.1,
+            ahead: None,
         }
     }
 
@@ -801,12 +795,7 @@ impl<M: NodeMem> Tree<M> {
         level: u32,
         first: u64,
     ) -> bool {
-        let bits = match level {
-            0 => LEAF_BITS,
-            _ => level_shift(level).wrapping_add(TABLE_BITS),
-        };
-        let last = first | 1u64.checked_shl(bits).unwrap_or(0).wrapping_sub(1);
-        match visitor.node(addr, first, last) {
+        match visitor.node(addr, first, last_key(first, level)) {
             Step::In => {}
             Step::Over => return true,
             Step::Stop => return false,
@@ -815,14 +804,9 @@ impl<M: NodeMem> Tree<M> {
         if level == 0 {
             return visitor.leaf(first, node);
         }
-        let shift = level_shift(level);
-        for (index, child) in node.children() {
-            let first = first | index.wrapping_shl(shift);
-            if !self.visit_node(visitor, child, level.wrapping_sub(1), first) {
-                return false;
-            }
-        }
-        true
+        node.children().all(|(index, child)| {
+            self.visit_node(visitor, child, level - 1, child_first(first, level, index))
+        })
     }
 
     /// Returns whether there is anything to prune. Others may be in the tree, but not prune it.
@@ -834,13 +818,13 @@ impl<M: NodeMem> Tree<M> {
         level > 0
             && node.children().any(|(_, addr)| {
                 let child = self.mem.node(addr);
-                child.is_empty() || self.has_empty_below(child, level.wrapping_sub(1))
+                child.is_empty() || self.has_empty_below(child, level - 1)
             })
     }
 
     /// Frees the nodes without keys, the root excepted. Nobody else may be in the tree.
     pub(crate) fn prune(&self) {
-        self.mem.forget();
+        self.mem.new_generation();
         self.prune_node(self.mem.node(self.root), ROOT);
     }
 
@@ -850,7 +834,7 @@ impl<M: NodeMem> Tree<M> {
         }
         for (index, addr) in node.children() {
             let child = self.mem.node(addr);
-            self.prune_node(child, level.wrapping_sub(1));
+            self.prune_node(child, level - 1);
             if child.is_empty() {
                 node.word(index).store(0);
                 self.mem.free(addr);
@@ -860,7 +844,7 @@ impl<M: NodeMem> Tree<M> {
 
     /// Frees every node. Nobody else may be in the tree or come to it.
     pub(crate) fn destroy(self) {
-        self.mem.forget();
+        self.mem.new_generation();
         self.destroy_node(self.root, ROOT);
     }
 
@@ -870,7 +854,7 @@ impl<M: NodeMem> Tree<M> {
             for (index, child) in node.children() {
                 // A node is never freed while an entry leads to it.
                 node.word(index).store(0);
-                self.destroy_node(child, level.wrapping_sub(1));
+                self.destroy_node(child, level - 1);
             }
         }
         self.mem.free(addr);
@@ -928,6 +912,14 @@ pub(crate) struct Run {
     pub(crate) count: u64,
 }
 
+impl Run {
+    /// Returns the keys.
+    pub(crate) fn keys(self) -> impl Iterator<Item = Key> {
+        let first = self.first.get();
+        (first..first.saturating_add(self.count)).map_while(Key::new)
+    }
+}
+
 /// Runs of adjacent keys of one order, across leaves; see [`Tree::runs_between`].
 pub(crate) struct Runs<'a, M> {
     tree: &'a Tree<M>,
@@ -936,26 +928,38 @@ pub(crate) struct Runs<'a, M> {
     /// The key to go on from.
     at: u64,
     last: Key,
+    /// A part of a run that was found while it was being decided where the one before it ends.
+    ahead: Option<Range<u64>>,
 }
 
 impl<M: NodeMem> Runs<'_, M> {
-    /// Goes to the next leaf from `at` on; returns whether there is one.
+    /// Returns the next run as far as it lies in one leaf.
     #[link_section = ".init.text"]
-    fn next_leaf(&mut self) -> bool {
-        let next = Key::new(self.at)
-            .filter(|at| *at <= self.last)
-            .and_then(|at| self.tree.next_leaf(at, self.last));
-        match next {
-            None => {
-                // Nothing more is found from here, however often it is asked for.
-                self.at = u64::MAX;
+    fn next_part(&mut self) -> Option<Range<u64>> {
+        loop {
+            let from = Key::new(self.at).filter(|at| *at <= self.last)?;
+            let leaf = match self.leaf {
+                Some(leaf) => leaf,
+                None => {
+                    let (first, leaf) = self.tree.next_leaf(from, self.last)?;
+                    self.at = self.at.max(first);
+                    *self.leaf.insert(leaf)
+                }
+            };
+            let base = self.at & !(LEAF_SIZE - 1);
+            let found = leaf.run_from(self.at % LEAF_SIZE);
+            let part = found.map(|(bit, count)| {
+                let start = base | bit;
+                start..start.saturating_add(count)
+            });
+            // OVERFLOW: The leaf of the last key ends at a number of a few more bits.
+            let end = base.wrapping_add(LEAF_SIZE);
+            self.at = part.as_ref().map_or(end, |part| part.end);
+            if self.at == end {
                 self.leaf = None;
-                false
             }
-            Some((base, leaf)) => {
-                self.at = self.at.max(base);
-                self.leaf = Some(leaf);
-                true
+            if part.is_some() {
+                return part;
             }
         }
     }
@@ -966,44 +970,23 @@ impl<M: NodeMem> Iterator for Runs<'_, M> {
 
     #[link_section = ".init.text"]
     fn next(&mut self) -> Option<Run> {
-        loop {
-            let Some(leaf) = self.leaf else {
-                if !self.next_leaf() {
-                    return None;
-                }
-                continue;
-            };
-            let base = self.at & !(LEAF_SIZE - 1);
-            let Some((bit, mut count)) = leaf.run_from(self.at % LEAF_SIZE) else {
-                self.at = base.wrapping_add(LEAF_SIZE);
-                self.leaf = None;
-                continue;
-            };
-            let first = base | bit;
-            // A leaf may have room for keys of several orders.
-            let left = self.last.get().wrapping_add(1).saturating_sub(first);
-            if left == 0 {
-                self.at = u64::MAX;
-                self.leaf = None;
-                return None;
-            }
-            self.at = first.wrapping_add(count);
-            // A run that reaches the end of its leaf may go on in the next one.
-            while self.at % LEAF_SIZE == 0 {
-                let end = self.at;
-                if !self.next_leaf() || self.at != end {
+        let mut run = self.ahead.take().or_else(|| self.next_part())?;
+        // A run that reaches the end of its leaf may go on in the next one.
+        while run.end % LEAF_SIZE == 0 {
+            match self.next_part() {
+                Some(more) if more.start == run.end => run.end = more.end,
+                other => {
+                    self.ahead = other;
                     break;
                 }
-                let Some((0, more)) = self.leaf.and_then(|leaf| leaf.run_from(0)) else {
-                    break;
-                };
-                count = count.wrapping_add(more);
-                self.at = end.wrapping_add(more);
             }
-            return Some(Run {
-                first: Key::new(first)?,
-                count: count.min(left),
-            });
         }
+        // A leaf may have keys behind the last one that was asked for.
+        let end = run.end.min(self.last.get().saturating_add(1));
+        let count = end.checked_sub(run.start).filter(|count| *count > 0)?;
+        Some(Run {
+            first: Key::new(run.start)?,
+            count,
+        })
     }
 }

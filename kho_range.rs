@@ -4,6 +4,7 @@
 
 use super::kho_key::{
     Block,
+    Key,
     Order,
     Pfn, //
 };
@@ -29,6 +30,16 @@ impl Frames {
     /// No frames at all.
     pub(crate) const EMPTY: Self = Self { start: 0, end: 0 };
 
+    /// Returns the frames from `start` to before `end`; none unless all of them exist.
+    #[inline]
+    pub(crate) fn between(start: u64, end: u64) -> Self {
+        if start > end || end > PFN_LIMIT {
+            return Self::EMPTY;
+        }
+        // INVARIANT: Checked above.
+        Self { start, end }
+    }
+
     /// Returns the `count` frames from `start` on, or [`None`] if they do not exist.
     #[inline]
     pub(crate) fn new(start: Pfn, count: u64) -> Option<Self> {
@@ -51,7 +62,7 @@ impl Frames {
         // INVARIANT: A shifted address is a frame number, and `last` is at least `phys`.
         Some(Self {
             start,
-            end: (last >> PAGE_SHIFT).wrapping_add(1),
+            end: (last >> PAGE_SHIFT) + 1,
         })
     }
 
@@ -80,7 +91,7 @@ impl Frames {
         // INVARIANT: By `Block`'s invariant it ends within the address space.
         Self {
             start: block.pfn().get(),
-            end: block.pfn().get().wrapping_add(block.order().pages()),
+            end: block.pfn().get().saturating_add(block.order().pages()),
         }
     }
 
@@ -108,8 +119,13 @@ impl Frames {
     /// Returns the number of frames.
     #[inline]
     pub(crate) const fn count(self) -> u64 {
-        // OVERFLOW: By the type invariant.
-        self.end.wrapping_sub(self.start)
+        self.end.saturating_sub(self.start)
+    }
+
+    /// Returns whether there are no frames.
+    #[inline]
+    pub(crate) const fn is_empty(self) -> bool {
+        self.start == self.end
     }
 
     /// Returns the physical address of the first frame.
@@ -134,17 +150,56 @@ impl Frames {
         }
     }
 
-    /// Returns the range without its first `count` frames; nothing is left of it if it has fewer.
+    /// Returns the frames of the range before frame `pfn`.
     #[inline]
-    pub(crate) fn tail(self, count: u64) -> Self {
+    pub(crate) fn until(self, pfn: u64) -> Self {
+        // INVARIANT: The new end is between the start and the old end.
+        Self {
+            start: self.start,
+            end: pfn.max(self.start).min(self.end),
+        }
+    }
+
+    /// Returns the frames of the range from frame `pfn` on.
+    #[inline]
+    pub(crate) fn from(self, pfn: u64) -> Self {
         // INVARIANT: The new start is between the old start and the end.
         Self {
-            start: self.start.saturating_add(count).min(self.end),
+            start: pfn.max(self.start).min(self.end),
             end: self.end,
         }
     }
 
-    /// Returns the largest block that the range starts with, of order `most` at the most.
+    /// Returns the frames that are in blocks of `order` all of which is in the range.
+    #[inline]
+    pub(crate) fn whole_blocks(self, order: Order) -> Self {
+        let start = order.blocks_below(self.start).saturating_mul(order.pages());
+        self.from(start).until(self.end & !order.mask())
+    }
+
+    /// Returns the first and the last frame as the keys that they have in a set of frames. Without
+    /// frames, the first key is the larger one.
+    #[inline]
+    pub(crate) fn numbers(self) -> (Key, Key) {
+        match self.end.checked_sub(1).filter(|_| !self.is_empty()) {
+            Some(last) => (Key::of_frame(self.start), Key::of_frame(last)),
+            None => (Key::MAX, Key::MIN),
+        }
+    }
+
+    /// Returns the first and the last key of the blocks of `order` that start in the range, if any
+    /// can.
+    pub(crate) fn keys(self, order: Order) -> Option<(Key, Key)> {
+        let (lowest, _) = Key::bounds(order);
+        let first = order.blocks_below(self.start);
+        let last = order.blocks_below(self.end).checked_sub(1)?;
+        // The first one may lie behind the last frame there can be, and so behind the last one.
+        let first = Key::new(lowest.get().checked_add(first)?)?;
+        let last = Key::new(lowest.get().checked_add(last)?)?;
+        (first <= last).then_some((first, last))
+    }
+
+    /// Returns the largest block that the range starts with, of order `most` at most.
     #[inline]
     pub(crate) fn first_block(self, most: Order) -> Option<Block> {
         // Frame 0 is aligned to anything.
@@ -156,12 +211,8 @@ impl Frames {
     /// Returns the range up to the next frame whose number is a multiple of `size`, a power of two.
     #[inline]
     pub(crate) fn head_to(self, size: u64) -> Self {
-        let mask = size.wrapping_sub(1);
-        self.head(
-            (self.start | mask)
-                .wrapping_sub(self.start)
-                .saturating_add(1),
-        )
+        let last = self.start | size.saturating_sub(1);
+        self.until(last.saturating_add(1))
     }
 
     /// Returns what both ranges have.
@@ -203,18 +254,15 @@ impl<F: Fn(u64, u64) -> bool> Iterator for Blocks<F> {
     #[inline(always)]
     fn next(&mut self) -> Option<Block> {
         let mut block = self.rest.first_block(Order::MAX)?;
-        // OVERFLOW: The block ends within the range.
-        while block.order() > Order::ZERO
-            && !(self.one_node)(
-                block.pfn().get(),
-                Frames::of_block(block).end().wrapping_sub(1),
-            )
-        {
-            let smaller = Order::new(block.order().get().wrapping_sub(1))?;
-            block = self.rest.first_block(smaller)?;
+        loop {
+            let frames = Frames::of_block(block);
+            let last = frames.end().saturating_sub(1);
+            if block.order() == Order::ZERO || (self.one_node)(frames.start(), last) {
+                self.rest = self.rest.from(frames.end());
+                return Some(block);
+            }
+            block = self.rest.first_block(block.order().below()?)?;
         }
-        self.rest = self.rest.tail(block.order().pages());
-        Some(block)
     }
 }
 

@@ -17,12 +17,13 @@
 
 use super::kho_key::Pfn;
 use super::kho_memblock;
+use super::kho_mm;
 use super::kho_param::{
     self,
     Scratch,
     Used, //
 };
-use super::kho_sys;
+use super::kho_place;
 use super::PAGE_SHIFT;
 use core::{
     mem::size_of,
@@ -90,36 +91,6 @@ pub(crate) unsafe fn parse(arg: *const c_char) {
     unsafe { SCRATCH = scratch };
 }
 
-/// The nodes with memory.
-pub(crate) struct Nodes(c_int);
-
-impl Nodes {
-    #[link_section = ".init.text"]
-    pub(crate) fn all() -> Self {
-        Self(ANY_NODE)
-    }
-
-    #[link_section = ".init.text"]
-    fn count() -> u64 {
-        let mut count = 0u64;
-        for _ in Self::all() {
-            count = count.wrapping_add(1);
-        }
-        count
-    }
-}
-
-impl Iterator for Nodes {
-    type Item = c_int;
-
-    #[link_section = ".init.text"]
-    fn next(&mut self) -> Option<c_int> {
-        // SAFETY: May be called at any time.
-        self.0 = unsafe { bindings::kho_glue_next_memory_node(self.0) };
-        (self.0 != ANY_NODE).then_some(self.0)
-    }
-}
-
 /// Returns what early boot has allocated on `nid`. Huge pages do not count: they never come from
 /// scratch.
 #[link_section = ".init.text"]
@@ -180,7 +151,7 @@ fn regions() -> impl Iterator<Item = (u64, u64)> {
 #[link_section = ".init.text"]
 pub(crate) fn reserve() -> Result {
     let early = used_again();
-    let room = Nodes::count().wrapping_add(2);
+    let room = kho_mm::Nodes::count().wrapping_add(2);
     let bytes = room.wrapping_mul(size_of::<bindings::kho_scratch>() as u64);
     // SAFETY: Early boot.
     let table = unsafe {
@@ -202,7 +173,7 @@ pub(crate) fn reserve() -> Result {
         result = check_left(early);
     }
     if result.is_err() {
-        for area in kho_sys::scratch() {
+        for area in kho_place::scratch() {
             // SAFETY: Early boot.
             unsafe { bindings::memblock_phys_free(area.addr, area.size) };
         }
@@ -257,13 +228,13 @@ fn reserve_areas(early: Used) -> Result {
     let scratch = unsafe { SCRATCH };
     // SAFETY: Early boot.
     let low_limit = unsafe { bindings::kho_glue_low_limit() };
-    let nodes = Nodes::count();
+    let nodes = kho_mm::Nodes::count();
 
     let low = checked("lowmem", scratch.lowmem(early, ALIGN))?;
     let mut others = low;
     let mut areas = u64::from(low > 0);
     let mut busiest = (ANY_NODE, 0);
-    for nid in Nodes::all() {
+    for nid in kho_mm::Nodes::all() {
         let early = used(nid);
         let size = checked("node", scratch.pernode(early, nodes, ALIGN))?;
         others = others.saturating_add(size);
@@ -282,7 +253,7 @@ fn reserve_areas(early: Used) -> Result {
     // on the same node.
     reserve_area("lowmem", low, low_limit, busiest.0, false, spare)?;
     reserve_area("global", global, 0, ANY_NODE, false, spare)?;
-    for nid in Nodes::all() {
+    for nid in kho_mm::Nodes::all() {
         // Neither of the two areas is memory of this node that is not low, so the result is as it
         // was above.
         let size = checked("node", scratch.pernode(used(nid), nodes, ALIGN))?;
@@ -352,7 +323,7 @@ pub(crate) fn report() {
 #[link_section = ".init.text"]
 fn scratch_size() -> u64 {
     let mut size = 0u64;
-    for area in kho_sys::scratch() {
+    for area in kho_place::scratch() {
         size = size.saturating_add(area.size);
     }
     size
@@ -363,7 +334,7 @@ fn say(early: Used) {
     pr_info!(
         "scratch has {} KiB in {} areas, early boot took {} KiB\n",
         scratch_size() >> 10,
-        kho_sys::scratch().len(),
+        kho_place::scratch().len(),
         early.all >> 10
     );
 }
@@ -375,10 +346,10 @@ fn say(early: Used) {
 /// needs that much less scratch to boot.
 #[link_section = ".init.text"]
 pub(crate) fn cut() {
-    let old = kho_sys::scratch();
+    let old = kho_place::scratch();
     let mut table = None;
     for (start, size) in regions() {
-        if !kho_sys::in_scratch(start, size) {
+        if !kho_place::in_scratch(start, size) {
             continue;
         }
         if table.is_none() {
@@ -410,7 +381,7 @@ fn copy_table(old: &[bindings::kho_scratch]) -> Option<*mut bindings::kho_scratc
     if old.len() > ROOM {
         return None;
     }
-    let table = kho_sys::virt::<bindings::kho_scratch>(kho_sys::alloc_page()?);
+    let table = kho_mm::virt::<bindings::kho_scratch>(kho_mm::alloc_page()?);
     // SAFETY: The page is ours, and has room for that many. Nothing can be preserved yet, so that
     // nobody looks at areas; the old table stays, too.
     unsafe {
@@ -427,7 +398,7 @@ fn cut_out(table: *mut bindings::kho_scratch, region: (u64, u64)) -> bool {
     let (low_limit, took) = unsafe { (bindings::kho_glue_low_limit(), TOOK) };
     let mut left = Used { low: 0, all: 0 };
     let mut pieces = 0usize;
-    for area in kho_sys::scratch() {
+    for area in kho_place::scratch() {
         for (start, end) in parts(area, region) {
             left.all = left.all.saturating_add(end.wrapping_sub(start));
             let low = end.min(low_limit).saturating_sub(start);
@@ -438,7 +409,7 @@ fn cut_out(table: *mut bindings::kho_scratch, region: (u64, u64)) -> bool {
     if left.low < took.low || left.all < took.all || pieces > ROOM {
         return false;
     }
-    let count = kho_sys::scratch().len();
+    let count = kho_place::scratch().len();
     let mut end = count;
     for at in 0..count {
         // SAFETY: The table has room for two parts of each area, and nobody else writes it.
@@ -473,7 +444,7 @@ pub(crate) fn open() {
     if !RESERVED.swap(false, Ordering::Relaxed) {
         return;
     }
-    for area in kho_sys::scratch() {
+    for area in kho_place::scratch() {
         let pages = area.size >> PAGE_SHIFT;
         // With debug_pagealloc free pages are not mapped, and kmemleak must not look there.
         // SAFETY: The area is reserved memory of whole page blocks.
@@ -492,8 +463,8 @@ pub(crate) fn free() {
     if !RESERVED.swap(false, Ordering::Relaxed) {
         return;
     }
-    for area in kho_sys::scratch() {
-        let start = kho_sys::virt::<u8>(area.addr);
+    for area in kho_place::scratch() {
+        let start = kho_mm::virt::<u8>(area.addr);
         let end = start.wrapping_add(area.size as usize).cast();
         let pfn = Pfn::containing(area.addr).get();
         // Where struct pages were deferred, page blocks are those of scratch already. As for

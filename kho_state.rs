@@ -6,18 +6,20 @@ use super::kho_fdt::{
     Blob,
     FdtError, //
 };
-use super::kho_kexec;
-use super::kho_pages;
+use super::kho_libfdt::{
+    Fdt,
+    RootFdt, //
+};
+use super::kho_log;
+use super::kho_mm;
+use super::kho_nodemem::{
+    self,
+    Direct, //
+};
+use super::kho_place;
 use super::kho_radix::{
     NodeAddr,
     Tree, //
-};
-use super::kho_scratch;
-use super::kho_sys::{
-    self,
-    Direct,
-    Fdt,
-    RootFdt, //
 };
 use core::sync::atomic::{
     AtomicBool,
@@ -59,9 +61,9 @@ pub(crate) fn handover() -> Option<u64> {
 }
 
 /// Returns the FDT that was handed over. It must have been checked where it is, see
-/// `kho_memblock::init_early()`.
+/// `kho_boot::init_early()`.
 fn in_fdt() -> Option<Fdt> {
-    let fdt = kho_sys::virt(handover()?);
+    let fdt = kho_mm::virt(handover()?);
     // SAFETY: It was checked before anybody could ask, and found to be preserved: nobody else has
     // this memory.
     Some(unsafe { Fdt::checked(fdt) })
@@ -72,6 +74,18 @@ static OUT_TREE: AtomicU64 = AtomicU64::new(0);
 
 /// Physical address of the outgoing FDT's page; 0 until there is one.
 static OUT_FDT: AtomicU64 = AtomicU64::new(0);
+
+/// Sets where the root of the outgoing tree is, or that there is none.
+#[link_section = ".init.text"]
+pub(crate) fn set_out_tree(root: Option<NodeAddr>) {
+    OUT_TREE.store(root.map_or(0, NodeAddr::get), Ordering::Release);
+}
+
+/// Sets where the outgoing FDT is; 0 for none. `RootFdt::create()` must have made an FDT there.
+#[link_section = ".init.text"]
+pub(crate) fn set_out_fdt(phys: u64) {
+    OUT_FDT.store(phys, Ordering::Release);
+}
 
 /// Returns the tree of what this kernel preserves, if KHO is on and up.
 #[inline(always)]
@@ -89,15 +103,15 @@ pub(crate) fn out_fdt() -> Option<u64> {
 /// Returns the outgoing FDT, locked.
 fn lock_fdt() -> Result<RootFdt> {
     let page = out_fdt().ok_or(EOPNOTSUPP)?;
-    // SAFETY: `init()` made an FDT of it.
-    Ok(unsafe { RootFdt::lock(kho_sys::virt(page)) })
+    // SAFETY: `RootFdt::create()` made an FDT there, see `set_out_fdt()`.
+    Ok(unsafe { RootFdt::lock(kho_mm::virt(page)) })
 }
 
 /// Shows the outgoing FDT in debugfs as it is now: as many bytes are shown as were there when the
 /// file was made.
 fn show_fdt(fdt: &RootFdt) {
     if let Some(page) = out_fdt() {
-        let page = kho_sys::virt(page);
+        let page = kho_mm::virt(page);
         hide(page);
         // SAFETY: The page stays; the lock keeps its size.
         unsafe { show(c"fdt".as_char_ptr(), page, fdt.read().size(), true) };
@@ -106,6 +120,29 @@ fn show_fdt(fdt: &RootFdt) {
 
 /// Whether there is a place in debugfs; there is none with `debugfs=off`, and KHO works without.
 static DEBUGFS: AtomicBool = AtomicBool::new(false);
+
+/// Makes the directory in debugfs, if there is debugfs, and shows the outgoing FDT.
+#[link_section = ".init.text"]
+pub(crate) fn open_debugfs() -> Result {
+    // SAFETY: Called once, while booting.
+    let error = unsafe { bindings::kho_glue_debugfs_init() };
+    if error == 0 {
+        DEBUGFS.store(true, Ordering::Relaxed);
+    } else {
+        pr_warn!("not in debugfs: error {error}\n");
+    }
+    show_fdt(&lock_fdt()?);
+    Ok(())
+}
+
+/// Shows in debugfs what was handed over.
+#[link_section = ".init.text"]
+pub(crate) fn show_incoming() {
+    if let Some(phys) = handover().filter(|_| DEBUGFS.load(Ordering::Relaxed)) {
+        // SAFETY: It is an FDT, all of whose subtrees name memory.
+        unsafe { bindings::kho_glue_debugfs_in(kho_mm::virt(phys)) };
+    }
+}
 
 /// Shows a blob in debugfs.
 ///
@@ -117,7 +154,7 @@ unsafe fn show(name: *const c_char, blob: *const c_void, size: usize, root: bool
         // SAFETY: By the caller's contract.
         let error = unsafe { bindings::kho_glue_debugfs_add(name, blob, size, root) };
         if error != 0 {
-            kho_sys::complain(kho_sys::Complaint::NotShown, kho_sys::phys(blob.cast_mut()));
+            kho_log::complain(kho_log::Complaint::NotShown, kho_mm::phys(blob.cast_mut()));
         }
     }
 }
@@ -137,16 +174,16 @@ fn hide(blob: *mut c_void) {
 ///
 /// `EINVAL` if there are no bytes, or not all of them are RAM in the direct map; `EOPNOTSUPP` with
 /// KHO off, `EEXIST` if there is such a name, `ENOMEM` if the FDT is full; else as
-/// [`kho_pages::check_place`], as what cannot be preserved cannot be handed over.
+/// [`kho_place::check_place`], as what cannot be preserved cannot be handed over.
 ///
 /// # Safety
 ///
 /// `name` must point to a string that ends with a NUL.
 pub(crate) unsafe fn add_subtree(name: *const c_char, blob: *mut c_void, size: usize) -> Result {
-    let frames = kho_sys::direct_frames(blob, size).ok_or(EINVAL)?;
-    kho_pages::check_place(frames)?;
+    let frames = kho_mm::direct_frames(blob, size).ok_or(EINVAL)?;
+    kho_place::check_place(frames)?;
     let record = Blob {
-        phys: kho_sys::phys(blob),
+        phys: kho_mm::phys(blob),
         size: size as u64,
     };
     let mut fdt = lock_fdt()?;
@@ -165,7 +202,7 @@ pub(crate) unsafe fn add_subtree(name: *const c_char, blob: *mut c_void, size: u
 /// Undoes [`add_subtree`]. With KHO off there is nothing to undo.
 pub(crate) fn remove_subtree(blob: *mut c_void) {
     // Any byte of it would do: it is the address that counts.
-    let Some(phys) = kho_sys::direct_frames(blob, 1).map(|_| kho_sys::phys(blob)) else {
+    let Some(phys) = kho_mm::direct_frames(blob, 1).map(|_| kho_mm::phys(blob)) else {
         return;
     };
     if let Ok(mut fdt) = lock_fdt() {
@@ -195,74 +232,9 @@ pub(crate) unsafe fn subtree(name: *const c_char) -> Result<Blob> {
     }
 }
 
-/// Makes the outgoing tree and FDT. Called once, as an `fs_initcall`.
-#[link_section = ".init.text"]
-pub(crate) fn init() -> Result {
-    if !is_enabled() {
-        return Ok(());
-    }
-    let result = init_out();
-    match &result {
-        Ok(()) => kho_scratch::open(),
-        Err(error) => {
-            pr_err!("cannot set up the next handover, disabling kexec handover: {error:?}\n");
-            set_enabled(false);
-            kho_scratch::free();
-        }
-    }
-    result
-}
-
-#[link_section = ".init.text"]
-fn init_out() -> Result {
-    // SAFETY: The tree is made here.
-    let tree = Tree::new(unsafe { Direct::new() }).map_err(|_| ENOMEM)?;
-    let root = tree.root();
-    OUT_TREE.store(root.get(), Ordering::Release);
-    if let Err(error) = init_fdt(root) {
-        OUT_FDT.store(0, Ordering::Release);
-        OUT_TREE.store(0, Ordering::Release);
-        tree.destroy();
-        return Err(error);
-    }
-    Ok(())
-}
-
-#[link_section = ".init.text"]
-fn init_fdt(root: NodeAddr) -> Result {
-    let page = kho_pages::alloc_preserve(bindings::PAGE_SIZE)?;
-    // SAFETY: The page is ours.
-    if unsafe { RootFdt::create(page, root) }.is_err() {
-        // SAFETY: As above.
-        unsafe { super::unpreserve_free(page) };
-        return Err(EINVAL);
-    }
-    OUT_FDT.store(kho_sys::phys(page), Ordering::Release);
-
-    // SAFETY: Called once, while booting.
-    let error = unsafe { bindings::kho_glue_debugfs_init() };
-    if error == 0 {
-        DEBUGFS.store(true, Ordering::Relaxed);
-    } else {
-        pr_warn!("not in debugfs: error {error}\n");
-    }
-    show_fdt(&lock_fdt()?);
-
-    let count = kho_kexec::read_metadata();
-    // Only a number and a name get lost.
-    if let Err(error) = kho_kexec::write_metadata(count.wrapping_add(1)) {
-        pr_warn!("failed to initialize kexec-metadata subtree: {error:?}\n");
-    }
-    if let Some(phys) = handover().filter(|_| error == 0) {
-        // SAFETY: It is an FDT, all of whose subtrees name memory.
-        unsafe { bindings::kho_glue_debugfs_in(kho_sys::virt(phys)) };
-    }
-    Ok(())
-}
-
 /// Gives back the nodes of the outgoing tree that have become empty.
 pub(crate) fn prune() {
     if let Some(tree) = out_tree() {
-        kho_sys::prune(&tree);
+        kho_nodemem::prune(&tree);
     }
 }

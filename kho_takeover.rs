@@ -1,808 +1,710 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Takeover: what the next kernel makes of the tree that it was handed.
+//! Memory that takeover withholds from the page allocator, and gives back where it was not
+//! preserved.
 //!
-//! Nothing of what another kernel left behind is trusted. All of it is read and checked before
-//! anything is changed, and before anybody has been told of the handover:
+//! memblock keeps its regions in an array, and several users walk that array again and again. One
+//! region for each preserved range makes booting quadratic: in takeover, and after it in everything
+//! that looks at reserved memory. So memblock is told of *grains*: blocks of the page allocator's
+//! largest order that hold anything preserved. Neighbours are one region, and how many there are at
+//! most depends on the size of the machine, see [`kho_grain::region_limit`].
 //!
 //! ```text
-//!  chart()    every node of the tree is in RAM, outside scratch, and met once;
-//!             no node stands for memory that does not exist:
-//!                 else the handover is refused
-//!             every block is in RAM, outside scratch:
-//!                 else only that block is lost
-//!             one bit for each preserved frame, and whether any two blocks overlap
-//!  grains()   which large blocks of memory have any of those frames
-//!  coarsen()  fewer and longer runs of them
+//!                 preserved  . # . . # . . .   . . . . . . . .   # # # # # # # #
+//!                 memblock   |reserved, noinit||    free       ||reserved, noinit|
+//!                 later      . # . . # . . .                     # # # # # # # #
+//!                            ^   ^ ^   ^ ^ ^
+//!                            given back by init_free() or init_late()
 //! ```
 //!
-//! A mistake of one kernel, or of one user of it, costs as little as possible. A block that cannot
-//! be taken over is a mistake about that block, and its memory is kept from everybody as far as it
-//! is there. A broken node says nothing about how the rest came about, so that nothing in such a
-//! tree is restored; but what the rest names may still be in use by a device, so that the walk goes
-//! on, and what it finds can be kept as well.
+//! Why that is safe:
 //!
-//! A node is checked before it is read, and the tree is walked once. How long that takes in a
-//! broken tree is bounded: there are only as many leaves to look at as it takes to describe the RAM
-//! there is.
+//! - *Struct pages.* memblock and deferred initialisation leave grains alone, as they are reserved
+//!   and marked "noinit". The page allocator looks at struct pages next to a block that is freed,
+//!   but never outside the block of the largest order around it, and no other free memory lies in
+//!   a grain. So nothing in it needs a struct page before the first of its pages is given back,
+//!   and then all of them have one. That is what all deferred memory relies on, too.
+//! - *Others' memory.* A grain of which anything is reserved already, is no RAM, is scratch, or
+//!   belongs to two nodes or zones is a *mixed* one. It is dealt with page by page, at once: what
+//!   is not ours counts as held, and all struct pages are initialised. What is given back of it is
+//!   cut where its node or zone ends.
+//! - *Having memory until then.* What lies below the first deferred page of its node is given back
+//!   right after `memblock_free_all()`, as everybody's memory there is: all of it where struct
+//!   pages are not deferred, and all of the lower zones elsewhere.
+//! - *Restoring until then.* A caller that restores a block before `page_alloc_init_late()` has its
+//!   grain opened first, see [`settle`].
 //!
-//! The chart is a tree of its own whose keys are frame numbers. It costs one page for as much
-//! memory as one leaf of order 0 stands for, and makes the rest simple: ranges of several orders
-//! need not be merged, for the chart has none; and what is not preserved in some range, however it
-//! is fragmented, are the bits that are clear ([`Gaps`]).
+//! The tree that was handed over is read until then, so its nodes are held, too. They are freed in
+//! the end. On architectures that keep memblock's arrays the regions stay in there, as those of
+//! all boot memory do that is freed later.
 //!
-//! Each block of the tree is looked at once, in words of 64 where blocks are single pages.
+//! A handover that was refused is withheld in the same way, but nothing of it can be restored: what
+//! it names may still be written to by a device that the last kernel left running.
 
+use super::kho_check::{
+    self,
+    Census,
+    Machine,
+    Refusal,
+    Sets, //
+};
+use super::kho_grain::{
+    self,
+    grain_frames,
+    grain_numbers,
+    grains_inside,
+    Gaps,
+    Ranges,
+    GRAIN, //
+};
 use super::kho_key::{
     Block,
     Key,
     Order,
     Pfn, //
 };
+use super::kho_memblock::{
+    self,
+    Memblock, //
+};
+use super::kho_mm::{
+    self,
+    Mark,
+    Page, //
+};
+use super::kho_nodemem::{
+    self,
+    Direct, //
+};
 use super::kho_radix::{
     NoMemory,
-    Node,
     NodeAddr,
-    NodeMem,
-    Run,
-    Step,
-    Tree,
-    Visitor,
-    LEAF_BITS,
-    WORDS,
-    WORD_BITS, //
+    Removal,
+    Tree, //
 };
 use super::kho_range::Frames;
 use super::PAGE_SHIFT;
-use core::ops::Range;
+use core::{
+    ops::Range,
+    sync::atomic::{
+        AtomicBool,
+        Ordering, //
+    },
+};
+use kernel::{
+    bindings,
+    prelude::*, //
+};
 
-/// Orders that a key can have. RAM has no blocks of the largest, but their keys must be seen to be
-/// refused.
-const ORDERS: usize = Order::MAX.get() as usize + 1;
+/// Frames that must stay free outside scratch if memory is kept that nobody can restore: 64 MiB, or
+/// one in [`FLOOR_SHARE`] where that is more ...
+const FLOOR: u64 = (64 << 20) >> PAGE_SHIFT;
 
-/// Keys, and so frames of a chart, in a leaf.
-const LEAF_SIZE: u64 = 1 << LEAF_BITS;
+/// ... but no more than 4 GiB. A kernel cannot run in scratch alone, which is for movable memory.
+const FLOOR_SHARE: u64 = 32;
+const FLOOR_MOST: u64 = (4 << 30) >> PAGE_SHIFT;
 
-/// Memory that memblock may allocate from before takeover, next to scratch, is found in whole
-/// blocks of this size, as in the C implementation: coarse enough to be quick on large machines,
-/// and of no use on small ones.
-pub(crate) const EXTENSION: u64 = 1 << 30;
+/// A set of numbers, of frames or grains.
+type Set = Tree<Direct>;
 
-/// Why a handover is refused.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Refusal {
-    /// No memory to look at the tree with.
-    NoMemory,
-    /// A tree node is where none can be, or is reached twice.
-    Node(u64),
-    /// A tree node stands for memory that does not exist.
-    Reach(u64),
-    /// The root FDT is not preserved itself.
-    Fdt(u64),
-    /// A range could not be reserved; the kernel's error number.
-    Reserve(Frames, i32),
+/// Makes an empty set.
+#[link_section = ".init.text"]
+fn new_set() -> Result<Set, NoMemory> {
+    // SAFETY: The tree is made here.
+    Tree::new(unsafe { Direct::new() })
 }
 
-impl From<NoMemory> for Refusal {
-    #[inline]
-    fn from(_: NoMemory) -> Self {
-        Self::NoMemory
+/// What takeover knows until everything has been given back.
+pub(crate) struct Takeover {
+    /// The tree that was handed over.
+    tree: Tree<Direct>,
+    pub(crate) census: Census,
+    /// Ranges of preserved memory.
+    pub(crate) ranges: u64,
+    /// How long it took to read, by the counter of cycles.
+    pub(crate) cycles: u64,
+    /// Frames of the tree's nodes that are nothing else.
+    nodes: Set,
+    /// Frames of grains that are not given back: preserved, nodes, or others'.
+    held: Set,
+    /// Frames of blocks that cannot be taken over.
+    lost: Set,
+    /// How many frames of those, or of a handover that was refused, are kept all the same.
+    pub(crate) kept: u64,
+    /// Grains that are all ours and have not been opened.
+    closed: Set,
+    /// Those whose struct pages have to be initialised then.
+    raw: Set,
+    /// Grains that are not only ours, and not open yet. Their struct pages are initialised, and
+    /// their blocks can be restored.
+    mixed: Set,
+}
+
+/// What was taken over, while not everything has been given back.
+// Only `Takeover::take()` and `finish()` write it, when nobody else can be looking.
+static mut TAKEOVER: Option<Takeover> = None;
+
+/// Whether the static is in use.
+static PENDING: AtomicBool = AtomicBool::new(false);
+
+/// Returns between which numbers all there is in a set lies: those of frames of RAM, and grains
+/// have smaller ones.
+#[link_section = ".init.text"]
+fn all() -> (Key, Key) {
+    let last = Memblock.ram_end().wrapping_sub(1);
+    (Key::MIN, Key::of_frame(last))
+}
+
+/// Returns the frames of a set of grains.
+#[link_section = ".init.text"]
+fn frames_of(grains: &Set) -> Ranges<'_, Direct> {
+    Ranges {
+        runs: grains.runs_between(all()),
+        order: GRAIN,
     }
 }
 
-impl Refusal {
-    /// Returns what to tell the user, and the physical address it is about; 0 if none.
-    #[inline]
-    pub(crate) const fn what(self) -> (&'static str, u64) {
-        match self {
-            Self::NoMemory => ("no memory to check it with", 0),
-            Self::Node(phys) => ("tree node outside usable memory, or met twice", phys),
-            Self::Reach(phys) => ("tree node covers no existing memory", phys),
-            Self::Fdt(phys) => ("the FDT is not preserved", phys),
-            Self::Reserve(frames, _) => ("memory that cannot be reserved", frames.phys()),
-        }
+/// Returns the frames of a set of frames.
+#[link_section = ".init.text"]
+fn runs_of(set: &Set) -> Ranges<'_, Direct> {
+    Ranges {
+        runs: set.runs_between(all()),
+        order: Order::ZERO,
     }
 }
 
-/// What takeover needs to know of the machine.
-pub(crate) trait Machine {
-    /// Returns the number of the frame after the last one of RAM.
-    fn ram_end(&self) -> u64;
-
-    /// Returns the frames from `pfn` on that are RAM outside scratch, as many as are known to
-    /// follow each other; [`None`] if the first one is not.
-    fn room(&self, pfn: u64) -> Option<Frames>;
-
-    /// Returns the first frames from `pfn` on that are RAM, in scratch or not, as many as are known
-    /// to follow each other.
-    fn ram(&self, pfn: u64) -> Option<Frames>;
+/// Returns the frames of a set of frames that are in `frames`, which are not empty.
+#[link_section = ".init.text"]
+fn runs_in(set: &Set, frames: Frames) -> Ranges<'_, Direct> {
+    let last = Key::of_frame(frames.end().wrapping_sub(1));
+    Ranges {
+        runs: set.runs_between((Key::of_frame(frames.start()), last)),
+        order: Order::ZERO,
+    }
 }
 
-/// Returns whether all of `frames` is RAM outside scratch, so that it can be taken over.
+/// Returns a single frame.
 #[link_section = ".init.text"]
-pub(crate) fn is_usable(machine: &dyn Machine, frames: Frames) -> bool {
-    let mut room = Frames::EMPTY;
-    in_room(machine, &mut room, frames)
+fn one_frame(pfn: u64) -> Frames {
+    let frames = Pfn::new(pfn).and_then(|pfn| Frames::new(pfn, 1));
+    frames.unwrap_or(Frames::EMPTY)
 }
 
-/// Returns whether all of `frames` is RAM outside scratch. `room` is where that was true last.
-#[link_section = ".init.text"]
-fn in_room(machine: &dyn Machine, room: &mut Frames, frames: Frames) -> bool {
-    let mut at = frames.start();
-    while at < frames.end() {
-        if !(room.start()..room.end()).contains(&at) {
-            match machine.room(at) {
-                Some(found) => *room = found,
-                None => return false,
+impl Takeover {
+    /// Reads and checks the tree at `root`. Changes nothing. What is wrong with the tree is in
+    /// [`Census::refusal`].
+    #[link_section = ".init.text"]
+    pub(crate) fn read(root: NodeAddr) -> Result<Self, NoMemory> {
+        let mut takeover = Self {
+            // SAFETY: It is charted before anything else.
+            tree: Tree::from_root(unsafe { Direct::new() }, root),
+            census: Census::default(),
+            ranges: 0,
+            cycles: 0,
+            nodes: new_set()?,
+            held: new_set()?,
+            lost: new_set()?,
+            kept: 0,
+            closed: new_set()?,
+            raw: new_set()?,
+            mixed: new_set()?,
+        };
+        let sets = Sets {
+            nodes: &takeover.nodes,
+            held: &takeover.held,
+            lost: &takeover.lost,
+        };
+        match kho_check::chart(&takeover.tree, &Memblock, sets) {
+            Ok(census) => {
+                takeover.census = census;
+                Ok(takeover)
+            }
+            Err(error) => {
+                takeover.forget();
+                Err(error)
             }
         }
-        at = room.end();
     }
-    true
-}
 
-/// Returns whether any key from `first` to `last` names a block below frame `ram_end`.
-#[link_section = ".init.text"]
-fn reaches_ram(first: u64, last: u64, ram_end: u64) -> bool {
-    for order in Order::all() {
-        let blocks = ram_end.wrapping_shr(order.get());
-        if blocks == 0 {
-            break;
-        }
-        let (lowest, _) = Key::bounds(order);
-        // OVERFLOW: The key of the last block of RAM is one, and so has fewer than 64 bits.
-        let highest = lowest.get().wrapping_add(blocks).wrapping_sub(1);
-        if first <= highest && lowest.get() <= last {
-            return true;
-        }
-    }
-    false
-}
-
-/// What [`chart`] found.
-pub(crate) struct Census {
-    /// Nodes of the tree.
-    pub(crate) nodes: u64,
-    /// Blocks that can be taken over, by order.
-    blocks: [u64; ORDERS],
-    /// Frames in those blocks, each counted once.
-    pub(crate) frames: u64,
-    /// The first frame that was found to be in more than one block.
-    pub(crate) overlap: Option<u64>,
-    /// Blocks that cannot be taken over: not all of each is RAM outside scratch.
-    pub(crate) lost: u64,
-    /// The physical address of the first of them.
-    pub(crate) first_lost: u64,
-    /// The first thing that is wrong with the tree itself.
-    pub(crate) refusal: Option<Refusal>,
-}
-
-impl Default for Census {
-    #[inline]
-    fn default() -> Self {
-        Self {
-            nodes: 0,
-            blocks: [0; ORDERS],
-            frames: 0,
-            overlap: None,
-            lost: 0,
-            first_lost: 0,
-            refusal: None,
-        }
-    }
-}
-
-impl Census {
-    /// Returns the orders that have blocks, and how many.
-    pub(crate) fn orders(&self) -> impl Iterator<Item = (Order, u64)> + '_ {
-        Order::all()
-            .zip(self.blocks.iter().copied())
-            .filter(|(_, count)| *count > 0)
-    }
-}
-
-/// The sets of frames that [`chart`] makes; all must be empty.
-pub(crate) struct Sets<'a, S> {
-    /// The nodes of the tree.
-    pub(crate) nodes: &'a Tree<S>,
-    /// What is in blocks that can be taken over.
-    pub(crate) held: &'a Tree<S>,
-    /// What is RAM in blocks that cannot.
-    pub(crate) lost: &'a Tree<S>,
-}
-
-/// Checks every node and every preserved block against the machine, and notes their frames. Goes on
-/// behind a node that is not sound; if there is one, [`Census::refusal`] says which.
-///
-/// # Errors
-///
-/// [`NoMemory`] if the sets could not be made. They say nothing then.
-#[link_section = ".init.text"]
-pub(crate) fn chart<M: NodeMem, S: NodeMem>(
-    tree: &Tree<M>,
-    machine: &dyn Machine,
-    sets: Sets<'_, S>,
-) -> Result<Census, NoMemory> {
-    let mut chart = Chart {
-        tree,
-        machine,
-        sets,
-        room: Frames::EMPTY,
-        census: Census::default(),
-        out_of_memory: false,
-    };
-    tree.visit(&mut chart);
-    if chart.out_of_memory {
-        return Err(NoMemory);
-    }
-    Ok(chart.census)
-}
-
-struct Chart<'a, M, S> {
-    tree: &'a Tree<M>,
-    machine: &'a dyn Machine,
-    sets: Sets<'a, S>,
-    room: Frames,
-    census: Census,
-    out_of_memory: bool,
-}
-
-impl<M: NodeMem, S: NodeMem> Chart<'_, M, S> {
-    /// Notes that the tree is not sound.
-    #[cold]
+    /// Returns whether all of `frames` was preserved. To be asked before [`Takeover::plan`].
     #[link_section = ".init.text"]
-    fn refuse(&mut self, refusal: Refusal) {
-        self.census.refusal.get_or_insert(refusal);
+    pub(crate) fn has(&self, frames: Frames) -> bool {
+        kho_grain::has_all(&self.held, frames)
     }
 
-    /// Checks a node with room for the keys from `first` to `last`, before it is read. Returns
-    /// whether it is sound.
+    /// Decides what is withheld. Returns whether that is anything: nothing is kept of a handover
+    /// that was refused if the machine would have too little memory left.
     #[link_section = ".init.text"]
-    fn meet(&mut self, addr: NodeAddr, first: u64, last: u64) -> Result<bool, NoMemory> {
-        let phys = addr.get();
-        let node = Frames::exact(phys, 1 << PAGE_SHIFT)
-            .filter(|frames| self.machine.room(frames.start()).is_some())
-            .map(|frames| Key::of_frame(frames.start()));
-        let is_new = match node {
-            Some(node) => self.sets.nodes.add(node)?,
-            None => false,
-        };
-        if !is_new {
-            self.refuse(Refusal::Node(phys));
+    pub(crate) fn plan(&mut self) -> Result<bool, NoMemory> {
+        let refused = self.census.refusal.is_some();
+        if (refused || self.census.lost > 0) && self.leaves_enough() {
+            self.keep_lost()?;
+        } else if refused {
             return Ok(false);
         }
-        if !reaches_ram(first, last, self.machine.ram_end()) {
-            self.refuse(Refusal::Reach(phys));
-            return Ok(false);
+        if !refused {
+            // The tree is read until late. A node that is itself preserved stays so.
+            for run in self.nodes.runs_between(all()) {
+                for i in 0..run.count {
+                    let node = Key::of_frame(run.first.get().wrapping_add(i));
+                    if !self.held.add(node)? {
+                        self.nodes.remove(node);
+                    }
+                }
+            }
         }
-        self.census.nodes = self.census.nodes.wrapping_add(1);
+        let (_, last) = all();
+        self.ranges = kho_grain::grains(&self.held, last, GRAIN, &self.closed)?;
+        let last = Key::of_frame(last.get() >> GRAIN.get());
+        let limit = kho_grain::region_limit(kho_memblock::total_frames());
+        kho_grain::coarsen(&self.closed, last, GRAIN, limit)?;
+        // From here on nothing may fail for lack of memory, as far as that can be avoided: what is
+        // sorted later finds its leaves.
+        for run in self.closed.runs_between(all()) {
+            kho_grain::make_room(&self.raw, run)?;
+            kho_grain::make_room(&self.mixed, run)?;
+        }
         Ok(true)
     }
 
-    /// Notes that `count` more blocks of `order` have been seen, and in them `frames` frames that
-    /// had not been met before.
+    /// Returns whether a kernel can run with what is left if all is kept that was found.
     #[link_section = ".init.text"]
-    fn count(&mut self, order: Order, count: u64, frames: u64) {
-        if let Some(blocks) = self.census.blocks.get_mut(order.get() as usize) {
-            *blocks = blocks.wrapping_add(count);
+    fn leaves_enough(&self) -> bool {
+        let mut free = 0u64;
+        for memory in kho_memblock::memory_frames() {
+            free = free.saturating_add(kho_memblock::free_frames(memory));
         }
-        self.census.frames = self.census.frames.wrapping_add(frames);
+        let mut found = self.census.frames;
+        for frames in runs_of(&self.lost) {
+            found = found.saturating_add(frames.count());
+        }
+        let share = kho_memblock::total_frames() / FLOOR_SHARE;
+        free.saturating_sub(found) >= share.clamp(FLOOR, FLOOR_MOST)
     }
 
-    /// Notes a block that cannot be taken over, and what of it is RAM: unless it is more than half
-    /// of all there is, which nobody can have preserved, or there is no memory to note it with.
-    #[cold]
+    /// Keeps the memory of blocks that cannot be taken over, as far as this boot has not used it.
     #[link_section = ".init.text"]
-    fn lose(&mut self, block: Block) {
-        if self.census.lost == 0 {
-            self.census.first_lost = block.pfn().phys();
+    fn keep_lost(&mut self) -> Result<(), NoMemory> {
+        for frames in runs_of(&self.lost) {
+            let mut rest = frames;
+            while rest.count() > 0 {
+                let part = match Memblock.room(rest.start()) {
+                    Some(room) => {
+                        let part = room.both(rest);
+                        let again = kho_grain::fill(&self.held, part)?;
+                        self.kept = self.kept.saturating_add(part.count().wrapping_sub(again));
+                        part
+                    }
+                    None => {
+                        let (scratch, kept) = kho_memblock::keep_scratch(rest);
+                        self.kept = self.kept.saturating_add(kept);
+                        scratch
+                    }
+                };
+                rest = rest.tail(part.count());
+            }
         }
-        self.census.lost = self.census.lost.wrapping_add(1);
-        let mut rest = Frames::of_block(block);
-        if rest.count() > self.machine.ram_end() / 2 {
+        if self.census.refusal.is_some() {
+            self.kept = self.kept.saturating_add(self.census.frames);
+        }
+        Ok(())
+    }
+
+    /// Returns the memory that is held, in whole grains: runs of frames, ascending.
+    #[link_section = ".init.text"]
+    pub(crate) fn busy(&self) -> Ranges<'_, Direct> {
+        frames_of(&self.closed)
+    }
+
+    /// Forgets everything; what was reserved stays so.
+    #[link_section = ".init.text"]
+    pub(crate) fn forget(self) {
+        for set in [
+            self.nodes,
+            self.held,
+            self.lost,
+            self.closed,
+            self.raw,
+            self.mixed,
+        ] {
+            set.destroy();
+        }
+        kho_nodemem::drain_pool();
+    }
+
+    /// Reserves everything that is held, or leaves memory as it was.
+    #[link_section = ".init.text"]
+    pub(crate) fn take(self) -> Result<&'static Self, Refusal> {
+        let mut reached = 0u64;
+        if let Err(refusal) = self.reserve(&mut reached) {
+            // What is in mixed grains stays reserved: it cannot be told from what is others'.
+            for frames in frames_of(&self.closed) {
+                let frames = frames.head(reached.saturating_sub(frames.start()));
+                kho_memblock::release(frames);
+            }
+            self.forget();
+            return Err(refusal);
+        }
+        for frames in frames_of(&self.mixed) {
+            for number in grain_numbers(frames) {
+                self.adopt(grain_frames(number));
+            }
+        }
+        let takeover = &raw mut TAKEOVER;
+        // SAFETY: Early boot; nobody looks at it before the next line.
+        let takeover = unsafe { (*takeover).insert(self) };
+        PENDING.store(true, Ordering::Relaxed);
+        Ok(takeover)
+    }
+
+    /// Sorts the grains and reserves them, in ascending order. `reached` is the frame up to which
+    /// that went well.
+    ///
+    /// What is found free is reserved before anything is allocated. So this need not rely on
+    /// allocations keeping away from grains, as they do: none is in memory that is scratch.
+    #[link_section = ".init.text"]
+    fn reserve(&self, reached: &mut u64) -> Result<(), Refusal> {
+        for frames in frames_of(&self.closed) {
+            let mut rest = frames;
+            while rest.count() > 0 {
+                *reached = rest.start();
+                let free = kho_memblock::first_free(rest).unwrap_or(rest.tail(rest.count()));
+                let whole = grains_inside(kho_mm::in_one_zone(free));
+                if whole.count() > 0 && whole.start() == rest.start() {
+                    kho_memblock::reserve(whole)?;
+                    *reached = whole.end();
+                    self.note_raw(whole)?;
+                    rest = rest.tail(whole.count());
+                } else {
+                    // A run of grains starts with one.
+                    self.mix(rest.start() >> GRAIN.get())?;
+                    rest = rest.tail(GRAIN.pages());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Notes which of some grains, which are on one node, have no struct pages yet.
+    #[link_section = ".init.text"]
+    fn note_raw(&self, grains: Frames) -> Result<(), NoMemory> {
+        if grains.count() > 0 {
+            let from = kho_mm::first_deferred(kho_mm::nid_of(grains.start()));
+            let raw = grains.tail(from.saturating_sub(grains.start()));
+            let first = Pfn::new(raw.start().wrapping_shr(GRAIN.get()));
+            let count = raw.count().wrapping_shr(GRAIN.get());
+            if let Some(numbers) = first.and_then(|first| Frames::new(first, count)) {
+                kho_grain::fill(&self.raw, numbers)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reserves what is free in a mixed grain and initialises its struct pages. All else that is
+    /// not held becomes so: it is not ours to give back.
+    #[link_section = ".init.text"]
+    fn mix(&self, number: u64) -> Result<(), Refusal> {
+        let (key, grain) = (Key::of_frame(number), grain_frames(number));
+        self.closed.remove(key);
+        self.mixed.add(key)?;
+        // A grain has one leaf, so that filling it needs no memory later.
+        self.held.leaf(Key::of_frame(grain.start()))?;
+        // Memory that was preserved may be reserved already, by a user who knows where it is.
+        for frames in runs_in(&self.held, grain) {
+            if kho_memblock::is_reserved(frames) {
+                kho_memblock::mark_noinit(frames)?;
+                kho_mm::init_deferred(frames);
+            }
+        }
+        for frames in runs_in(&self.nodes, grain) {
+            for pfn in frames.start()..frames.end() {
+                let key = Key::of_frame(pfn);
+                if kho_memblock::is_reserved(one_frame(pfn)) {
+                    self.nodes.remove(key);
+                }
+            }
+        }
+        let mut rest = grain;
+        while rest.count() > 0 {
+            let free = kho_memblock::first_free(rest).unwrap_or(rest.tail(rest.count()));
+            let others = rest.head(free.start().wrapping_sub(rest.start()));
+            kho_grain::fill(&self.held, others)?;
+            kho_memblock::reserve(free)?;
+            kho_mm::init_deferred(free);
+            rest = rest.tail(free.end().wrapping_sub(rest.start()));
+        }
+        Ok(())
+    }
+
+    /// Makes the blocks that start in a grain restorable, unless the handover was refused.
+    ///
+    /// Memory that several blocks claim goes to the largest of them: the others are not marked, so
+    /// that no frame can be restored twice.
+    #[link_section = ".init.text"]
+    fn adopt(&self, grain: Frames) {
+        if self.census.refusal.is_some() {
             return;
         }
-        while let Some(ram) = self.machine.ram(rest.start()).map(|ram| ram.both(rest)) {
-            if ram.count() == 0 || fill(self.sets.lost, ram).is_err() {
-                return;
-            }
-            rest = rest.tail(ram.end().wrapping_sub(rest.start()));
-        }
-    }
-
-    /// Returns where the first block of `run` starts that lies in a larger one. Those have all
-    /// been seen, and so have the nodes on the way to them: keys of larger blocks come first.
-    #[link_section = ".init.text"]
-    #[inline(never)]
-    fn first_claimed(&self, run: Run) -> Option<u64> {
-        for i in 0..run.count {
-            let block = Key::new(run.first.get().wrapping_add(i))?.block()?;
-            if is_claimed(self.tree, &self.census, self.machine, block) {
-                return Some(block.pfn().get());
-            }
-        }
-        None
-    }
-
-    /// Charts a run of blocks of one order.
-    #[link_section = ".init.text"]
-    fn run(&mut self, run: Run) -> Result<(), NoMemory> {
-        let Some((block, frames)) = run.first.block().zip(Frames::of_run(run)) else {
-            self.refuse(Refusal::Reach(run.first.get()));
-            return Ok(());
+        // SAFETY: Nothing is done with it but where blocks were charted, which are RAM.
+        let Some(page) = (unsafe { Page::of(grain.start()) }) else {
+            return;
         };
-        if !in_room(self.machine, &mut self.room, frames) {
-            if run.count > 1 {
-                return self.one_by_one(run);
-            }
-            self.lose(block);
-            return Ok(());
-        }
-        let again = fill(self.sets.held, frames)?;
-        if again > 0 && self.census.overlap.is_none() {
-            self.census.overlap = self.first_claimed(run);
-        }
-        let new = frames.count().wrapping_sub(again);
-        self.count(block.order(), run.count, new);
-        Ok(())
-    }
-
-    /// Charts the blocks of a run of which at least one cannot be taken over.
-    #[cold]
-    #[link_section = ".init.text"]
-    fn one_by_one(&mut self, run: Run) -> Result<(), NoMemory> {
-        for i in 0..run.count {
-            if let Some(first) = Key::new(run.first.get().wrapping_add(i)) {
-                self.run(Run { first, count: 1 })?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Charts a leaf of blocks that are no larger than a word of the chart. Its first bit is the
-    /// block at frame `first`.
-    #[link_section = ".init.text"]
-    fn small(&mut self, first: u64, order: Order, leaf: &Node) -> Result<(), NoMemory> {
-        let held = self.sets.held;
-        let mut chart: Option<(u64, &Node)> = None;
-        let mut at = 0;
-        while let Some((index, mut blocks)) = leaf.next_used(at) {
-            at = index.wrapping_add(1);
-            // A word of blocks is as many words of the chart as a block has pages.
-            let bit = index.wrapping_mul(WORD_BITS);
-            let mut pfn = first.wrapping_add(bit.wrapping_shl(order.get()));
-            while blocks != 0 {
-                let (mut word, mut count) = widen(blocks, order);
-                let (start, end) = (self.room.start(), self.room.end());
-                if word != 0 && (pfn < start || pfn.wrapping_add(WORD_BITS) > end) {
-                    word = self.check(pfn, word, order);
-                    count = u64::from(word.count_ones()).wrapping_shr(order.get());
-                }
-                if word != 0 {
-                    let number = pfn / LEAF_SIZE;
-                    let to = match chart {
-                        Some((last, to)) if last == number => to,
-                        _ => held.leaf(Key::of_frame(pfn))?,
-                    };
-                    chart = Some((number, to));
-                    let to = to.word(pfn / WORD_BITS);
-                    let old = to.load();
-                    to.store(old | word);
-                    let again = old & word;
-                    if again != 0 {
-                        let first = pfn.wrapping_add(again.trailing_zeros().into());
-                        self.census.overlap.get_or_insert(first);
-                    }
-                    self.count(order, count, (word & !old).count_ones().into());
-                }
-                pfn = pfn.wrapping_add(WORD_BITS);
-                let width = u64::BITS.wrapping_shr(order.get());
-                blocks = blocks.checked_shr(width).unwrap_or(0);
-            }
-        }
-        Ok(())
-    }
-
-    /// Checks the blocks of `order` whose frames are the bits in `word` one by one. Returns the
-    /// bits of those that can be taken over.
-    #[link_section = ".init.text"]
-    #[inline(never)]
-    fn check(&mut self, pfn: u64, word: u64, order: Order) -> u64 {
-        // OVERFLOW: The order is at most `WORD_ORDER`.
-        let ones = u64::MAX.wrapping_shr(WORD_BITS.wrapping_sub(order.pages()) as u32);
-        let (mut rest, mut good) = (word, 0u64);
-        while rest != 0 {
-            let bit = rest.trailing_zeros();
-            let bits = ones.wrapping_shl(bit);
-            rest &= !bits;
-            let first = Pfn::new(pfn.wrapping_add(bit.into()));
-            // A key has a frame number, and blocks in a word are aligned as their bits are.
-            let Some(block) = first.and_then(|first| Block::new(first, order)) else {
+        for (order, _) in self.census.orders() {
+            let Some((first, last)) = kho_grain::keys(grain, order) else {
                 continue;
             };
-            if in_room(self.machine, &mut self.room, Frames::of_block(block)) {
-                good |= bits;
-            } else {
-                self.lose(block);
-            }
-        }
-        good
-    }
-
-    #[link_section = ".init.text"]
-    fn chart(&mut self, first: u64, leaf: &Node) -> Result<(), NoMemory> {
-        // The largest orders share a leaf.
-        let shared = first >> LEAF_BITS == 0;
-        let block = Key::new(first).and_then(Key::block).filter(|_| !shared);
-        if let Some(block) = block.filter(|block| block.order() <= WORD_ORDER) {
-            return self.small(block.pfn().get(), block.order(), leaf);
-        }
-        for (bit, count) in leaf.runs() {
-            let (step, times) = if shared { (1, count) } else { (count, 1) };
-            for i in 0..times {
-                // A leaf has only bits that are keys.
-                if let Some(first) = Key::new(first | bit.wrapping_add(i)) {
-                    self.run(Run { first, count: step })?;
+            // A grain has no more blocks of an order than a leaf has bits, and both are aligned.
+            let Some(leaf) = self.tree.find_leaf(first) else {
+                continue;
+            };
+            for (key, word) in leaf.words_between(first, last) {
+                let mut rest = word;
+                while rest != 0 {
+                    let key = Key::new(key | u64::from(rest.trailing_zeros()));
+                    if let Some(block) = key.and_then(Key::block).filter(|it| self.is_whole(*it)) {
+                        let index = block.pfn().get().wrapping_sub(grain.start());
+                        // SAFETY: The struct pages of a grain are adjacent.
+                        unsafe { page.nth(index as usize) }.mark(Mark::Preserved, order);
+                    }
+                    rest &= rest.wrapping_sub(1);
                 }
             }
         }
-        Ok(())
     }
-}
 
-impl<M: NodeMem, S: NodeMem> Visitor for Chart<'_, M, S> {
+    /// Returns whether `block` can be taken over, and no larger block claims its memory.
     #[link_section = ".init.text"]
-    fn node(&mut self, addr: NodeAddr, first: u64, last: u64) -> Step {
-        match self.meet(addr, first, last) {
-            Ok(true) => Step::In,
-            Ok(false) => Step::Over,
-            Err(NoMemory) => {
-                self.out_of_memory = true;
-                Step::Stop
+    #[inline]
+    fn is_whole(&self, block: Block) -> bool {
+        (self.census.lost == 0 || kho_check::is_usable(&Memblock, Frames::of_block(block)))
+            && (self.census.overlap.is_none()
+                || !kho_check::is_claimed(&self.tree, &self.census, &Memblock, block))
+    }
+
+    /// Gives what is not held in `frames` to the page allocator.
+    #[link_section = ".init.text"]
+    fn free_gaps(&self, frames: Frames) {
+        let mut count = 0u64;
+        for block in Gaps::new(&self.held, frames, GRAIN) {
+            kho_mm::free_block(block.pfn().get(), block.order());
+            count = count.wrapping_add(block.order().pages());
+        }
+        kho_mm::add_memory(count);
+    }
+
+    /// Makes sure that the struct pages of a grain are initialised, makes its blocks restorable,
+    /// and gives back the rest; unless that has been done, or it is a mixed one.
+    #[link_section = ".init.text"]
+    fn open(&self, number: u64) {
+        let (key, grain) = (Key::of_frame(number), grain_frames(number));
+        if self.closed.remove(key) == Removal::Absent {
+            return;
+        }
+        if self.raw.contains(key) {
+            kho_mm::init_grain(grain);
+        }
+        self.adopt(grain);
+        self.free_gaps(grain);
+    }
+
+    /// Opens the grains that have anything to give back and need no more struct pages for it: those
+    /// below the first deferred page of their node.
+    #[link_section = ".init.text"]
+    fn open_early(&self) {
+        for frames in frames_of(&self.closed) {
+            let mut rest = frames;
+            while rest.count() > 0 {
+                // No grain that is closed has a border in it.
+                let part = kho_memblock::in_one_region(rest);
+                let end = kho_mm::first_deferred(kho_mm::nid_of(part.start()));
+                let early = part.head(end.saturating_sub(part.start()));
+                for number in grain_numbers(grains_inside(early)) {
+                    if !kho_grain::has_all(&self.held, grain_frames(number)) {
+                        self.open(number);
+                    }
+                }
+                rest = rest.tail(part.count());
+            }
+        }
+        self.open_mixed(kho_mm::first_deferred_of_all());
+    }
+
+    /// Opens all grains.
+    #[link_section = ".init.text"]
+    fn open_all(&self) {
+        for frames in frames_of(&self.closed) {
+            for number in grain_numbers(frames) {
+                self.open(number);
+            }
+        }
+        self.open_mixed(u64::MAX);
+    }
+
+    /// Gives back the gaps of the mixed grains below frame `end`, whose surroundings have struct
+    /// pages as well.
+    #[link_section = ".init.text"]
+    fn open_mixed(&self, end: u64) {
+        for frames in frames_of(&self.mixed) {
+            for number in grain_numbers(frames) {
+                let mut rest = grain_frames(number);
+                if rest.end() > end {
+                    continue;
+                }
+                self.mixed.remove(Key::of_frame(number));
+                while rest.count() > 0 {
+                    let part = kho_mm::in_one_zone(kho_memblock::in_one_region(rest));
+                    self.free_gaps(part);
+                    rest = rest.tail(part.count());
+                }
             }
         }
     }
 
+    /// Opens the grains that are wholly in a span of frames, on all CPUs.
     #[link_section = ".init.text"]
-    fn leaf(&mut self, first: u64, leaf: &Node) -> bool {
-        self.out_of_memory = self.chart(first, leaf).is_err();
-        !self.out_of_memory
+    fn open_in_parallel(&self, span: Range<u64>) {
+        let count = span.end.wrapping_sub(span.start);
+        let Some(frames) = Pfn::new(span.start).and_then(|start| Frames::new(start, count)) else {
+            return;
+        };
+        let Range { start, end } = grain_numbers(grains_inside(frames));
+        if start < end && self.closed_between(start, end).next().is_some() {
+            // SAFETY: Spans are worked on one after the other, and each chunk of one is another
+            // part of it.
+            unsafe {
+                bindings::kho_glue_in_parallel(
+                    Some(open_chunk),
+                    start as usize,
+                    end as usize,
+                    CHUNK,
+                )
+            };
+        }
+    }
+
+    /// Returns the grains to be opened from number `start` to before `end`, which is larger.
+    #[link_section = ".init.text"]
+    fn closed_between(&self, start: u64, end: u64) -> Ranges<'_, Direct> {
+        let last = Key::of_frame(end.wrapping_sub(1));
+        Ranges {
+            runs: self.closed.runs_between((Key::of_frame(start), last)),
+            order: GRAIN,
+        }
+    }
+
+    /// Frees the nodes of the tree, and what was needed to know all this.
+    #[link_section = ".init.text"]
+    fn finish(self) {
+        if self.census.refusal.is_some() {
+            // The nodes were not held.
+            return self.forget();
+        }
+        let mut count = 0u64;
+        for run in self.nodes.runs_between(all()) {
+            for i in 0..run.count {
+                kho_mm::free_block(run.first.get().wrapping_add(i), Order::ZERO);
+            }
+            count = count.wrapping_add(run.count);
+        }
+        kho_mm::add_memory(count);
+        self.forget();
     }
 }
 
-/// The order of the largest blocks that do not exceed a word of the chart.
-const WORD_ORDER: Order = match Order::new(WORD_BITS.ilog2()) {
-    Some(order) => order,
-    None => Order::ZERO,
-};
+/// Returns what was taken over, while something has not been given back.
+#[link_section = ".init.text"]
+fn pending() -> Option<&'static Takeover> {
+    let takeover = &raw const TAKEOVER;
+    // SAFETY: See the static.
+    unsafe { (*takeover).as_ref() }
+}
 
-/// Returns the word of the chart for the lowest bits of `blocks`, each a block of `order`, and how
-/// many blocks that are.
+#[link_section = ".init.text"]
+fn finish() {
+    PENDING.store(false, Ordering::Relaxed);
+    // SAFETY: No caller that restores is running yet, and no chunk is being worked on.
+    if let Some(takeover) = unsafe { (&raw mut TAKEOVER).replace(None) } {
+        takeover.finish();
+    }
+}
+
+/// Gives back what may be in use from the moment on that there is a page allocator.
+#[link_section = ".init.text"]
+pub(crate) fn init_free() {
+    kho_nodemem::set_buddy_is_up();
+    let Some(takeover) = pending() else { return };
+    if cfg!(CONFIG_DEFERRED_STRUCT_PAGE_INIT) {
+        takeover.open_early();
+    } else {
+        // There is no init_late().
+        takeover.open_all();
+        finish();
+    }
+}
+
+/// Initialises struct pages and gives back the rest, on all CPUs.
+#[link_section = ".init.text"]
+pub(crate) fn init_late() {
+    let Some(takeover) = pending() else { return };
+    // Regions that touch differ in flags or node, which makes no difference here.
+    let mut span = 0..0;
+    for region in kho_memblock::memory_frames() {
+        if region.start() != span.end {
+            takeover.open_in_parallel(span);
+            span = region.start()..region.start();
+        }
+        span.end = region.end();
+    }
+    takeover.open_in_parallel(span);
+    takeover.open_mixed(u64::MAX);
+    finish();
+}
+
+/// Grains that one CPU works on at a time: 128 MiB where a grain has 4 MiB.
+const CHUNK: usize = 32;
+
+/// Opens the grains from number `start` to before `end`.
+///
+/// # Safety
+///
+/// Nobody else may be working on these grains.
+#[link_section = ".init.text"]
+unsafe extern "C" fn open_chunk(start: usize, end: usize, _arg: *mut c_void) {
+    let Some(takeover) = pending() else { return };
+    for frames in takeover.closed_between(start as u64, end as u64) {
+        for number in grain_numbers(frames) {
+            takeover.open(number);
+            // SAFETY: A thread of its own.
+            unsafe { bindings::kho_glue_cond_resched() };
+        }
+    }
+}
+
+/// Returns whether [`settle`] has anything to do.
+#[inline(always)]
+pub(crate) fn is_pending() -> bool {
+    PENDING.load(Ordering::Relaxed)
+}
+
+/// Makes sure that the struct pages of `frames` are initialised, before anything there is
+/// restored.
+///
+/// That is so from `page_alloc_init_late()` on. Only an `early_initcall` can be earlier; these run
+/// one after the other.
 #[inline]
-fn widen(blocks: u64, order: Order) -> (u64, u64) {
-    if order == Order::ZERO {
-        return (blocks, blocks.count_ones().into());
-    }
-    // OVERFLOW: The order is at most `WORD_ORDER`.
-    let width = 1u32.wrapping_shl(order.get());
-    let mut rest = blocks & u64::MAX.wrapping_shr(u64::BITS.wrapping_sub(u64::BITS / width));
-    let block = u64::MAX.wrapping_shr(u64::BITS.wrapping_sub(width));
-    let (mut word, mut count) = (0u64, 0u64);
-    while rest != 0 {
-        word |= block.wrapping_shl(rest.trailing_zeros().wrapping_shl(order.get()));
-        count = count.wrapping_add(1);
-        rest &= rest.wrapping_sub(1);
-    }
-    (word, count)
-}
-
-/// Adds the numbers of `frames` to `set`; returns how many were in it before.
-#[link_section = ".init.text"]
-pub(crate) fn fill<S: NodeMem>(set: &Tree<S>, frames: Frames) -> Result<u64, NoMemory> {
-    let mut again = 0u64;
-    let mut rest = frames;
-    while rest.count() > 0 {
-        let leaf = set.leaf(Key::of_frame(rest.start()))?;
-        let (bit, part) = (rest.start() % LEAF_SIZE, rest.head_to(LEAF_SIZE));
-        again = again.wrapping_add(leaf.fill(bit, part.count()));
-        rest = rest.tail(part.count());
-    }
-    Ok(again)
-}
-
-/// Adds to `grains` the number of every block of order `grain` that has a frame of `held`, up to
-/// the frame `last`; returns how many ranges those frames make up. A grain has at least a word's
-/// frames.
-#[link_section = ".init.text"]
-pub(crate) fn grains<S: NodeMem>(
-    held: &Tree<S>,
-    last: Key,
-    grain: Order,
-    grains: &Tree<S>,
-) -> Result<u64, NoMemory> {
-    let mut ranges = 0u64;
-    // The frame after the last one that was met, which is not frame 0.
-    let mut end = u64::MAX;
-    // The grains that were met last, in a row, and have not been added.
-    let mut row = 0..0;
-    let mut from = Key::MIN;
-    while let Some((first, leaf)) = held.next_leaf(from, last) {
-        let mut at = 0;
-        while let Some((index, word)) = leaf.next_used(at) {
-            let pfn = first.wrapping_add(index.wrapping_mul(WORD_BITS));
-            at = index.wrapping_add(1);
-            // A range starts at each bit whose neighbour below is clear.
-            let below = word.wrapping_shl(1) | u64::from(end == pfn);
-            if word & !below != 0 {
-                ranges = ranges.wrapping_add((word & !below).count_ones().into());
-            }
-            end = pfn.wrapping_add(WORD_BITS.wrapping_sub(word.leading_zeros().into()));
-            let number = pfn.wrapping_shr(grain.get());
-            if row.end != number.wrapping_add(1) {
-                if row.end != number {
-                    add_row(grains, row)?;
-                    row = number..number;
-                }
-                row.end = number.wrapping_add(1);
-            }
-            // What is left of a large block in this grain.
-            if end % WORD_BITS == 0 {
-                let last = (pfn | grain.pages().wrapping_sub(1)).wrapping_sub(first) / WORD_BITS;
-                let limit = last.wrapping_add(1).min(WORDS);
-                while at < limit && leaf.word(at).load() == u64::MAX {
-                    at = at.wrapping_add(1);
-                }
-                end = first.wrapping_add(at.wrapping_mul(WORD_BITS));
-            }
-        }
-        match Key::new(first.wrapping_add(LEAF_SIZE)) {
-            Some(next) => from = next,
-            None => break,
-        }
-    }
-    add_row(grains, row)?;
-    Ok(ranges)
-}
-
-/// Adds some numbers to a set.
-#[link_section = ".init.text"]
-fn add_row<S: NodeMem>(set: &Tree<S>, row: Range<u64>) -> Result<(), NoMemory> {
-    let count = row.end.wrapping_sub(row.start);
-    if let Some(numbers) = Pfn::new(row.start).and_then(|first| Frames::new(first, count)) {
-        fill(set, numbers)?;
-    }
-    Ok(())
-}
-
-/// Makes the leaves that have room for the keys of `run`.
-#[link_section = ".init.text"]
-pub(crate) fn make_room<S: NodeMem>(set: &Tree<S>, run: Run) -> Result<(), NoMemory> {
-    let first = run.first.get();
-    let last = first.wrapping_add(run.count).wrapping_sub(1);
-    for leaf in first / LEAF_SIZE..=last / LEAF_SIZE {
-        set.leaf(Key::of_frame(leaf.wrapping_mul(LEAF_SIZE)))?;
-    }
-    Ok(())
-}
-
-/// Returns how many runs of grains memblock is told of at the most, on a machine with `ram` frames.
-///
-/// One for each 16 MiB, and 256 at least: with fewer, [`coarsen`] would keep more memory back than
-/// it need, on the machines whose users scatter thousands of pages (LUO's lists of folios alone are
-/// that many on a host of 1 TiB). 16384 are enough, and are an array of 384 KiB; but what lies
-/// apart by [`EXTENSION`] is not joined, and needs a run of its own.
-#[link_section = ".init.text"]
-pub(crate) fn region_limit(ram: u64) -> usize {
-    let per = |bytes: u64| ram / (bytes >> PAGE_SHIFT).max(1);
-    let limit = per(16 << 20).clamp(256, 16384);
-    limit.max(per(EXTENSION).saturating_add(1)) as usize
-}
-
-/// Returns how many runs of `grains`, of which none is above `last`, there would be without gaps of
-/// fewer than `gap` between them.
-#[link_section = ".init.text"]
-fn runs_apart<S: NodeMem>(grains: &Tree<S>, last: Key, gap: u64) -> usize {
-    let mut count = 0usize;
-    let mut end: Option<u64> = None;
-    for run in grains.runs_between((Key::MIN, last)) {
-        let first = run.first.get();
-        if end.is_none_or(|end| first.saturating_sub(end) >= gap) {
-            count = count.saturating_add(1);
-        }
-        end = Some(first.saturating_add(run.count));
-    }
-    count
-}
-
-/// Closes the shortest gaps between runs of `grains`, of which none is above `last`, until there
-/// are no more than `limit` runs, or all gaps have the length of [`EXTENSION`]: then every gap that
-/// was closed lies in blocks of that size that hold something.
-///
-/// Why: memblock's list is walked again and again by those who use it while booting.
-#[link_section = ".init.text"]
-pub(crate) fn coarsen<S: NodeMem>(
-    grains: &Tree<S>,
-    last: Key,
-    grain: Order,
-    limit: usize,
-) -> Result<(), NoMemory> {
-    let longest = (EXTENSION >> PAGE_SHIFT).wrapping_shr(grain.get());
-    // Closing gaps shorter than `short` leaves too many runs; shorter than `gap`, it need not.
-    let (mut short, mut gap) = (0u64, 1u64);
-    while gap < longest && runs_apart(grains, last, gap) > limit {
-        short = gap;
-        gap = gap.saturating_mul(2).min(longest);
-    }
-    if gap == 1 {
-        return Ok(());
-    }
-    while gap.saturating_sub(short) > 1 {
-        let middle = short.midpoint(gap);
-        match runs_apart(grains, last, middle) > limit {
-            true => short = middle,
-            false => gap = middle,
-        }
-    }
-    let mut end: Option<u64> = None;
-    for run in grains.runs_between((Key::MIN, last)) {
-        let first = run.first.get();
-        if let Some(end) = end.filter(|end| first.saturating_sub(*end) < gap) {
-            // Behind what is still to be looked at.
-            add_row(grains, end..first)?;
-        }
-        end = Some(first.saturating_add(run.count));
-    }
-    Ok(())
-}
-
-/// What is not in a set, in some range of frames: as aligned blocks, ascending.
-pub(crate) struct Gaps<'a, S> {
-    held: &'a Tree<S>,
-    /// No block is larger.
-    most: Order,
-    /// The gap that is being cut into blocks.
-    gap: Frames,
-    /// What is left of the range after the word that was read last.
-    rest: Frames,
-    /// The leaf for that, if there is one; it is looked up at the start of each.
-    leaf: Option<&'a Node>,
-    /// The first frame of that word, and which of its bits are gaps that have not been met.
-    word: (u64, u64),
-}
-
-impl<'a, S: NodeMem> Gaps<'a, S> {
-    /// Returns the gaps of `held` in `frames`, in blocks of order `most` at the most.
-    #[link_section = ".init.text"]
-    pub(crate) fn new(held: &'a Tree<S>, frames: Frames, most: Order) -> Self {
-        Self {
-            held,
-            most,
-            gap: Frames::EMPTY,
-            rest: frames,
-            leaf: held.find_leaf(Key::of_frame(frames.start())),
-            word: (0, 0),
-        }
-    }
-
-    /// Reads the next word; returns whether there is one.
-    #[link_section = ".init.text"]
-    fn read(&mut self) -> bool {
-        let part = self.rest.head_to(WORD_BITS);
-        if part.count() == 0 {
-            return false;
-        }
-        if part.start() % LEAF_SIZE == 0 {
-            self.leaf = self.held.find_leaf(Key::of_frame(part.start()));
-        }
-        let held = self
-            .leaf
-            .map_or(0, |leaf| leaf.word(part.start() / WORD_BITS).load());
-        // OVERFLOW: There are from 1 to 64 frames, which end with their word at the latest.
-        let bits = u64::MAX.wrapping_shr(WORD_BITS.wrapping_sub(part.count()) as u32);
-        let bits = bits.wrapping_shl(part.start() as u32);
-        self.word = (part.start() & !(WORD_BITS - 1), !held & bits);
-        self.rest = self.rest.tail(part.count());
-        true
-    }
-
-    /// Finds the next gap; returns whether there is one.
-    #[link_section = ".init.text"]
-    fn find(&mut self) -> bool {
-        while self.word.1 == 0 {
-            if !self.read() {
-                return false;
-            }
-        }
-        let (pfn, bits) = self.word;
-        let first = bits.trailing_zeros();
-        let count = bits.wrapping_shr(first).trailing_ones();
-        self.word.1 = bits & bits.wrapping_add(1u64.wrapping_shl(first));
-        let start = pfn.wrapping_add(first.into());
-        let mut end = start.wrapping_add(count.into());
-        // A gap that reaches the end of its word may go on in the next one.
-        while end % WORD_BITS == 0 && self.rest.start() == end && self.read() {
-            let more = self.word.1.trailing_ones();
-            if more == 0 {
-                break;
-            }
-            end = end.wrapping_add(more.into());
-            self.word.1 &= self.word.1.wrapping_add(1);
-        }
-        let count = end.wrapping_sub(start);
-        let gap = Pfn::new(start).and_then(|start| Frames::new(start, count));
-        self.gap = gap.unwrap_or(Frames::EMPTY);
-        true
+pub(crate) fn settle(frames: Frames) {
+    if is_pending() {
+        settle_now(frames);
     }
 }
 
-impl<S: NodeMem> Iterator for Gaps<'_, S> {
-    type Item = Block;
-
-    #[link_section = ".init.text"]
-    fn next(&mut self) -> Option<Block> {
-        if self.gap.count() == 0 && !self.find() {
-            return None;
-        }
-        let block = self.gap.first_block(self.most)?;
-        self.gap = self.gap.tail(block.order().pages());
-        Some(block)
+// As `__ref` in C: only called while there is `.init.text`.
+#[cold]
+#[link_section = ".ref.text"]
+#[inline(never)]
+fn settle_now(frames: Frames) {
+    let Some(takeover) = pending() else { return };
+    for number in grain_numbers(frames) {
+        takeover.open(number);
     }
-}
-
-/// Returns the keys of the blocks of `order` that start in `frames`, if there can be any.
-#[link_section = ".init.text"]
-pub(crate) fn keys(frames: Frames, order: Order) -> Option<(Key, Key)> {
-    let (lowest, _) = Key::bounds(order);
-    let shift = order.get();
-    let up = order.pages().wrapping_sub(1);
-    let first = frames.start().wrapping_add(up).wrapping_shr(shift);
-    let last = frames
-        .end()
-        .wrapping_add(up)
-        .wrapping_shr(shift)
-        .checked_sub(1)?;
-    // The first one may lie behind the last frame there can be, and so behind the last one.
-    let first = Key::new(lowest.get().wrapping_add(first))?;
-    let last = Key::new(lowest.get().wrapping_add(last))?;
-    (first <= last).then_some((first, last))
-}
-
-/// Returns whether a larger block that can be taken over has the frames of `block`, too.
-#[link_section = ".init.text"]
-pub(crate) fn is_claimed<M: NodeMem>(
-    tree: &Tree<M>,
-    census: &Census,
-    machine: &dyn Machine,
-    block: Block,
-) -> bool {
-    for (order, _) in census.orders() {
-        if order <= block.order() {
-            continue;
-        }
-        let larger = block.enclosing(order);
-        if tree.contains(Key::of(larger))
-            && (census.lost == 0 || is_usable(machine, Frames::of_block(larger)))
-        {
-            return true;
-        }
-    }
-    false
-}
-
-/// Returns whether all of `frames` is in a set.
-#[link_section = ".init.text"]
-pub(crate) fn has_all<S: NodeMem>(set: &Tree<S>, frames: Frames) -> bool {
-    let mut rest = frames;
-    while rest.count() > 0 {
-        let part = rest.head_to(LEAF_SIZE);
-        let bit = part.start() % LEAF_SIZE;
-        let run = set
-            .find_leaf(Key::of_frame(part.start()))
-            .and_then(|leaf| leaf.run_from(bit));
-        if !run.is_some_and(|(first, count)| first == bit && count >= part.count()) {
-            return false;
-        }
-        rest = rest.tail(part.count());
-    }
-    true
 }

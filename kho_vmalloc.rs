@@ -26,13 +26,14 @@ use super::kho_key::{
     Order,
     Pfn, //
 };
-use super::kho_pages;
-use super::kho_range::Frames;
-use super::kho_sys::{
+use super::kho_log;
+use super::kho_mm::{
     self,
     Mark,
     Page, //
 };
+use super::kho_pages;
+use super::kho_range::Frames;
 use core::{
     mem::ManuallyDrop,
     ptr::NonNull, //
@@ -68,14 +69,14 @@ struct Chunk(Frames);
 impl Chunk {
     /// Allocates and preserves one.
     fn new() -> Result<Self> {
-        let phys = kho_sys::alloc_page().ok_or(ENOMEM)?;
+        let phys = kho_mm::alloc_page().ok_or(ENOMEM)?;
         let preserved = frames_at(phys, Order::ZERO)
             .ok_or(EINVAL)
             .and_then(|frames| kho_pages::preserve_frames(frames).map(|()| frames));
         // INVARIANT: The page is ours.
         preserved.map(Self).inspect_err(|_| {
             // SAFETY: As above.
-            unsafe { kho_sys::free_page(phys) };
+            unsafe { kho_mm::free_page(phys) };
         })
     }
 
@@ -90,7 +91,7 @@ impl Chunk {
     }
 
     fn as_ptr(&self) -> *mut bindings::kho_vmalloc_chunk {
-        kho_sys::virt(self.0.phys())
+        kho_mm::virt(self.0.phys())
     }
 
     /// Returns the address of the next chunk.
@@ -131,7 +132,7 @@ impl Chunk {
     /// more.
     unsafe fn free(self) {
         // SAFETY: By the caller's contract.
-        unsafe { kho_sys::free_page(self.0.phys()) };
+        unsafe { kho_mm::free_page(self.0.phys()) };
     }
 }
 
@@ -180,7 +181,7 @@ fn fill(first: Chunk, area: &bindings::vm_struct, order: Order) -> Result {
     let mut i = 0usize;
     while i < area.nr_pages {
         // SAFETY: The area has that many pages, and the caller keeps it.
-        let frames = unsafe { kho_sys::page_frames(*area.pages.add(i), step) }.ok_or(EINVAL)?;
+        let frames = unsafe { kho_mm::page_frames(*area.pages.add(i), step) }.ok_or(EINVAL)?;
         kho_pages::preserve_frames(frames)?;
         // As C does, a chunk is followed by another one as soon as it is full.
         if !chunk.set_entry(index, frames.phys()) {
@@ -369,7 +370,7 @@ pub(crate) fn restore(preservation: bindings::kho_vmalloc) -> Option<*mut c_void
     let first = unsafe { preservation.first.phys };
     let total = preservation.total_pages.into();
     let Some(claimed) = order.and_then(|order| Claimed::new(first, order, total)) else {
-        kho_sys::complain(kho_sys::Complaint::NoArea, first);
+        kho_log::complain(kho_log::Complaint::NoArea, first);
         return None;
     };
     // Flags that are not known say nothing about the memory.

@@ -63,3 +63,33 @@ impl Word {
         self.0.fetch_and(!mask, Ordering::Relaxed)
     }
 }
+
+/// Returns a word with the bits from `from` to before `end` set; what there is of them, if `end` is
+/// more than 64.
+#[inline(always)]
+pub(crate) const fn bits_between(from: u64, end: u64) -> u64 {
+    low_bits(end) & !low_bits(from)
+}
+
+#[inline(always)]
+const fn low_bits(count: u64) -> u64 {
+    if count < u64::BITS as u64 {
+        !(u64::MAX << count)
+    } else {
+        u64::MAX
+    }
+}
+
+/// Returns the numbers of the bits that are set in `word`, ascending.
+#[inline]
+pub(crate) fn bits(word: u64) -> impl Iterator<Item = u64> {
+    let mut rest = word;
+    core::iter::from_fn(move || {
+        if rest == 0 {
+            return None;
+        }
+        let bit = rest.trailing_zeros();
+        rest &= rest - 1;
+        Some(bit.into())
+    })
+}

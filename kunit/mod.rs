@@ -15,13 +15,15 @@ use super::kho_key::{
     Order,
     Pfn, //
 };
-use super::kho_sys::{
+use super::kho_mm::{
     self,
     Mark,
     Page, //
 };
 use super::{
+    kho_nodemem,
     kho_pages,
+    kho_place,
     kho_state,
     PAGE_SHIFT, //
 };
@@ -54,7 +56,7 @@ impl Pages {
             return Err(ENOMEM);
         }
         // SAFETY: There is a page.
-        let frames = unsafe { kho_sys::page_frames(page, 1) }.ok_or(EINVAL)?;
+        let frames = unsafe { kho_mm::page_frames(page, 1) }.ok_or(EINVAL)?;
         Ok(Self {
             phys: frames.phys(),
             order,
@@ -110,7 +112,7 @@ impl Drop for Pages {
                         page.private().store(0, Ordering::Relaxed);
                     }
                 }
-                bindings::free_pages(kho_sys::virt::<c_void>(self.phys) as usize, self.order);
+                bindings::free_pages(kho_mm::virt::<c_void>(self.phys) as usize, self.order);
             }
         }
     }
@@ -119,6 +121,7 @@ impl Drop for Pages {
 #[kunit_tests(rust_kho_radix)]
 mod radix {
     use super::super::kho_key::Key;
+    use super::super::kho_nodemem::Direct;
     use super::super::kho_radix::{
         Node,
         NodeAddr,
@@ -128,7 +131,6 @@ mod radix {
         Tree,
         Visitor, //
     };
-    use super::super::kho_sys::Direct;
     use super::*;
 
     /// Counts nodes and keys.
@@ -195,14 +197,14 @@ mod radix {
 
     /// Returns whether the page at `phys` is all zeroes.
     fn is_zero(phys: u64) -> bool {
-        let words = kho_sys::virt::<u64>(phys);
+        let words = kho_mm::virt::<u64>(phys);
         // SAFETY: The test has the page.
         (0..bindings::PAGE_SIZE / 8).all(|i| unsafe { words.add(i).read() } == 0)
     }
 
     fn clear(phys: u64) {
         // SAFETY: The test has the page.
-        unsafe { kho_sys::virt::<u8>(phys).write_bytes(0, bindings::PAGE_SIZE) };
+        unsafe { kho_mm::virt::<u8>(phys).write_bytes(0, bindings::PAGE_SIZE) };
     }
 
     #[test]
@@ -225,11 +227,11 @@ mod radix {
         assert!(tree.remove(key(6)?) == Removal::Emptied);
         assert!(tree.remove(Key::MAX) == Removal::Emptied);
         assert_eq!(count(&tree), (12, 1));
-        kho_sys::prune(&tree);
+        kho_nodemem::prune(&tree);
         assert_eq!(count(&tree), (6, 1));
         assert!(tree.contains(key(1 << 15)?));
         assert!(tree.remove(key(1 << 15)?) == Removal::Emptied);
-        kho_sys::prune(&tree);
+        kho_nodemem::prune(&tree);
         assert_eq!(count(&tree), (1, 0));
         tree.destroy();
         Ok(())
@@ -247,7 +249,7 @@ mod radix {
                 assert!(tree.remove(key(5)?) == Removal::Removed);
                 assert!(tree.remove(key(6)?) == Removal::Emptied);
                 assert!(other.remove(key(5)?) == Removal::Emptied);
-                kho_sys::prune(&tree);
+                kho_nodemem::prune(&tree);
                 assert_eq!(count(&tree), (1, 0));
                 assert_eq!(count(&other), (6, 0));
             }
@@ -301,7 +303,7 @@ mod radix {
         // SAFETY: The tree is initialised first and destroyed last; the pages are ours.
         unsafe {
             let tree = &raw mut c;
-            let page = kho_sys::virt(root.phys);
+            let page = kho_mm::virt(root.phys);
             assert_eq!(crate::kho_radix_init_tree(tree, page), 0);
             assert!(core::ptr::eq((*tree).root, page));
             assert_eq!(crate::kho_radix_add_key(tree, 5), 0);
@@ -326,7 +328,7 @@ mod radix {
             assert_eq!(crate::kho_radix_add_key(tree, 6), 0);
             for phys in &at[1..6] {
                 assert!(is_zero(*phys));
-                kho_sys::free_page(*phys);
+                kho_mm::free_page(*phys);
             }
             let walk = bindings::kho_radix_walk_cb {
                 leaf: Some(sum_leaf),
@@ -435,20 +437,20 @@ mod pages {
         if !kho_state::is_enabled() {
             return Ok(());
         }
-        assert!(!kho_sys::scratch().is_empty());
+        assert!(!kho_place::scratch().is_empty());
         let pages = 1u64 << PAGE_SHIFT;
-        for area in kho_sys::scratch().iter().filter(|area| area.size > 0) {
+        for area in kho_place::scratch().iter().filter(|area| area.size > 0) {
             // Steps that meet all parts of the map, and the last page.
             for step in 0..=area.size >> 20 {
                 let offset = (step << 20).min(area.size - pages);
                 let block = Pfn::from_phys(area.addr + offset)
                     .and_then(|pfn| Block::new(pfn, Order::ZERO))
                     .ok_or(EINVAL)?;
-                assert!(kho_sys::may_be_refused(block));
-                assert!(kho_sys::in_scratch(area.addr + offset, pages));
+                assert!(kho_place::may_be_refused(block));
+                assert!(kho_place::in_scratch(area.addr + offset, pages));
                 // A larger block that starts in memory before the area, or in it.
                 let large = block.enclosing(Order::new(15).ok_or(EINVAL)?);
-                assert!(kho_sys::may_be_refused(large));
+                assert!(kho_place::may_be_refused(large));
             }
             // SAFETY: Always safe to call.
             assert!(unsafe { crate::kho_scratch_overlap(area.addr, 1) });
@@ -459,7 +461,7 @@ mod pages {
         let blocks = (0..64u64).filter_map(|n| Block::new(Pfn::new(frames * n / 64)?, Order::ZERO));
         assert!(
             blocks
-                .filter(|block| !kho_sys::may_be_refused(*block))
+                .filter(|block| !kho_place::may_be_refused(*block))
                 .count()
                 > 16
         );
@@ -473,7 +475,7 @@ mod pages {
         fn new() -> Option<Self> {
             // `ACR_FLAGS_CMA`
             const CMA: u32 = 1;
-            kho_sys::scratch()
+            kho_place::scratch()
                 .iter()
                 .flat_map(|area| (0..area.size >> 21).map(|n| area.addr + (n << 21)))
                 .map(|phys| phys >> PAGE_SHIFT)
@@ -524,12 +526,12 @@ mod pages {
             assert_eq!(
                 crate::kho_add_subtree(
                     c"kunit-scratch".as_char_ptr(),
-                    kho_sys::virt(page.phys()),
+                    kho_mm::virt(page.phys()),
                     1
                 ),
                 einval
             );
-            crate::kho_remove_subtree(kho_sys::virt(page.phys()));
+            crate::kho_remove_subtree(kho_mm::virt(page.phys()));
 
             let area = bindings::vmalloc_noprof(4 * size);
             if area.is_null() {
@@ -555,7 +557,7 @@ mod pages {
         unsafe {
             // It was there at boot, wherever it has been meanwhile.
             crate::kho_rs_plug((pages.phys >> PAGE_SHIFT) as usize, 1);
-            assert!(kho_sys::may_be_refused(block));
+            assert!(kho_place::may_be_refused(block));
             assert_eq!(crate::kho_preserve_pages(pages.ptr(0), 1), expect(Ok(())));
             crate::kho_unpreserve_pages(pages.ptr(0), 1);
             assert_eq!(crate::kho_preserve_pages(pages.ptr(0), 2), expect(Ok(())));
@@ -684,7 +686,7 @@ mod pages {
             assert!(crate::kho_restore_pages(pages.phys, 4).is_null());
             // Each has a reference of its own now.
             for index in 0..4 {
-                kho_sys::free_page(pages.phys(index));
+                kho_mm::free_page(pages.phys(index));
             }
         }
         Ok(())
@@ -789,11 +791,11 @@ mod vmalloc {
                     let pages = (*bindings::find_vm_area(area)).pages;
                     let (mut next, mut met, mut listed) = (found.first.phys, 0, 0);
                     while next != 0 {
-                        let chunk = kho_sys::virt::<bindings::kho_vmalloc_chunk>(next);
+                        let chunk = kho_mm::virt::<bindings::kho_vmalloc_chunk>(next);
                         met += 1;
                         for phys in (*chunk).phys.iter().filter(|phys| **phys != 0) {
                             let page = *pages.add(listed);
-                            let frames = kho_sys::page_frames(page, 1).ok_or(EINVAL)?;
+                            let frames = kho_mm::page_frames(page, 1).ok_or(EINVAL)?;
                             assert_eq!(frames.phys(), *phys);
                             listed += 1;
                         }
@@ -830,7 +832,7 @@ mod vmalloc {
         unsafe {
             let mut next = 0;
             for (n, page) in chunks.iter().enumerate().rev() {
-                let chunk = kho_sys::virt::<bindings::kho_vmalloc_chunk>(page.phys);
+                let chunk = kho_mm::virt::<bindings::kho_vmalloc_chunk>(page.phys);
                 chunk.cast::<u8>().write_bytes(0, bindings::PAGE_SIZE);
                 (*chunk).hdr.next.phys = next;
                 next = page.phys;
@@ -840,7 +842,7 @@ mod vmalloc {
                 page.mark(0, 0)?;
             }
             for (n, page) in pages.iter().enumerate() {
-                kho_sys::virt::<u64>(page.phys).write(n as u64);
+                kho_mm::virt::<u64>(page.phys).write(n as u64);
                 page.mark(0, 0)?;
             }
             let mut value = bindings::kho_vmalloc::default();
@@ -880,7 +882,7 @@ mod vmalloc {
         let mut preservation = bindings::kho_vmalloc::default();
         // SAFETY: Takes any address. The direct map is no area.
         let result =
-            unsafe { crate::kho_preserve_vmalloc(kho_sys::virt(pages.phys), &mut preservation) };
+            unsafe { crate::kho_preserve_vmalloc(kho_mm::virt(pages.phys), &mut preservation) };
         assert_eq!(result, EINVAL.to_errno());
         Ok(())
     }
@@ -888,13 +890,13 @@ mod vmalloc {
     #[test]
     fn area_is_restored_whole_or_not_at_all() -> Result {
         let mut pages = Pages::new(2)?;
-        let chunk: *mut bindings::kho_vmalloc_chunk = kho_sys::virt(pages.phys);
+        let chunk: *mut bindings::kho_vmalloc_chunk = kho_mm::virt(pages.phys);
         // SAFETY: The pages are ours, and given away as an area of three and a chunk.
         unsafe {
             chunk.cast::<u8>().write_bytes(0, bindings::PAGE_SIZE);
             for index in 1..4 {
                 (*chunk).phys[index as usize - 1] = pages.phys(index);
-                kho_sys::virt::<u64>(pages.phys(index)).write(index);
+                kho_mm::virt::<u64>(pages.phys(index)).write(index);
             }
             let mut preservation = bindings::kho_vmalloc::default();
             preservation.first.phys = pages.phys;
@@ -956,7 +958,7 @@ mod subtree {
     #[test]
     fn full_fdt_stays_whole() -> Result {
         let pages = Pages::new(0)?;
-        let blob = kho_sys::virt::<c_void>(pages.phys);
+        let blob = kho_mm::virt::<c_void>(pages.phys);
         // Each subtree takes about 80 of the page's 4096 bytes.
         let mut added = 0;
         // SAFETY: The names end with a NUL; each blob is an address in the page.
@@ -996,7 +998,7 @@ mod subtree {
     #[test]
     fn what_cannot_be_handed_over_is_refused() -> Result {
         let pages = Pages::new(0)?;
-        let blob = kho_sys::virt::<c_void>(pages.phys);
+        let blob = kho_mm::virt::<c_void>(pages.phys);
         let size = bindings::PAGE_SIZE;
         // SAFETY: The name ends with a NUL, and the area is ours.
         unsafe {
@@ -1005,7 +1007,7 @@ mod subtree {
                 return Err(ENOMEM);
             }
             // Beyond all RAM.
-            let end = kho_sys::virt::<c_void>((bindings::max_pfn * size) as u64);
+            let end = kho_mm::virt::<c_void>((bindings::max_pfn * size) as u64);
             for (blob, size) in [
                 (core::ptr::null_mut(), 1),
                 (core::ptr::null_mut(), 0),
@@ -1048,7 +1050,7 @@ mod subtree {
 
 #[kunit_tests(rust_kho_log)]
 mod log {
-    use super::super::kho_sys::Complaint;
+    use super::super::kho_log::Complaint;
     use kernel::{
         bindings,
         prelude::*,

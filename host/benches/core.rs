@@ -16,15 +16,18 @@
 
 use core::sync::atomic;
 const PAGE_SHIFT: u32 = 12;
+const GRAIN_ORDER: u32 = 10;
 mod hosts;
+#[path = "../../kho_check.rs"]
+mod kho_check;
+#[path = "../../kho_grain.rs"]
+mod kho_grain;
 #[path = "../../kho_key.rs"]
 mod kho_key;
 #[path = "../../kho_radix.rs"]
 mod kho_radix;
 #[path = "../../kho_range.rs"]
 mod kho_range;
-#[path = "../../kho_takeover.rs"]
-mod kho_takeover;
 #[path = "../../kho_word.rs"]
 mod kho_word;
 
@@ -35,11 +38,11 @@ use kho_key::{
     Pfn, //
 };
 use kho_radix::{
+    Guard,
     Hints,
     Node,
     NodeAddr,
     NodeMem,
-    Pass,
     Step,
     Tree,
     Visitor, //
@@ -142,7 +145,7 @@ struct In<'a> {
     generation: u64,
 }
 
-impl Pass for In<'_> {
+impl Guard for In<'_> {
     #[inline(always)]
     fn hints(&self) -> &Hints {
         self.hints
@@ -155,7 +158,7 @@ impl Pass for In<'_> {
 }
 
 impl NodeMem for Cpu<'_> {
-    type Pass<'b>
+    type Guard<'b>
         = In<'b>
     where
         Self: 'b;
@@ -168,7 +171,7 @@ impl NodeMem for Cpu<'_> {
         }
     }
 
-    fn forget(&self) {
+    fn new_generation(&self) {
         self.arena.generation.fetch_add(2, Ordering::Relaxed);
     }
 
@@ -308,18 +311,18 @@ impl Visitor for Count {
 /// A machine that has all of [`RAM`], for takeover.
 struct Machine;
 
-impl kho_takeover::Machine for Machine {
+impl kho_check::Machine for Machine {
     fn ram_end(&self) -> u64 {
         RAM
     }
 
-    fn room(&self, pfn: u64) -> Option<Frames> {
+    fn usable(&self, pfn: u64) -> Option<Frames> {
         let all = Frames::new(Pfn::containing(0), RAM)?;
         (pfn < RAM).then_some(all)
     }
 
     fn ram(&self, pfn: u64) -> Option<Frames> {
-        self.room(pfn)
+        self.usable(pfn)
     }
 }
 
@@ -398,14 +401,9 @@ fn single(pattern: &'static str, keys: &[Key], repeat: u32) -> Vec<Line> {
             hints: &set_hints,
         };
         let chart = timed(|| {
-            let [nodes, held, lost] = [(); 3].map(|_| Tree::new(cpu).unwrap());
-            let sets = kho_takeover::Sets {
-                nodes: &nodes,
-                held: &held,
-                lost: &lost,
-            };
-            let census = kho_takeover::chart(&tree, &Machine, sets).unwrap();
-            assert_eq!(census.frames, keys.len() as u64);
+            let sets = kho_check::Sets::new(cpu).unwrap();
+            let stats = kho_check::check_tree(&tree, &Machine, &sets).unwrap();
+            assert_eq!(stats.frames, keys.len() as u64);
         });
         keep(&mut ours[..3], &times);
         keep(&mut ours[3..], &[contains, visit, runs, chart]);

@@ -7,6 +7,14 @@
 //! in the rest, as single pages wherever the page allocator had one: that is how LUO lists the
 //! folios of a file. All of the check is what the kernel runs; only memblock is missing.
 
+use super::kho_check::{
+    self,
+    Sets, //
+};
+use super::kho_grain::{
+    self,
+    region_limit, //
+};
 use super::kho_key::{
     Block,
     Key,
@@ -18,11 +26,6 @@ use super::kho_radix::{
     Tree, //
 };
 use super::kho_range::Frames;
-use super::kho_takeover::{
-    self,
-    region_limit,
-    Sets, //
-};
 use super::{
     timed,
     Arena,
@@ -48,18 +51,18 @@ struct Machine {
     end: u64,
 }
 
-impl kho_takeover::Machine for Machine {
+impl kho_check::Machine for Machine {
     fn ram_end(&self) -> u64 {
         self.end
     }
 
-    fn room(&self, pfn: u64) -> Option<Frames> {
+    fn usable(&self, pfn: u64) -> Option<Frames> {
         let all = Frames::new(Pfn::containing(0), self.end)?;
         (pfn < self.end).then_some(all)
     }
 
     fn ram(&self, pfn: u64) -> Option<Frames> {
-        self.room(pfn)
+        self.usable(pfn)
     }
 }
 
@@ -145,35 +148,35 @@ fn take_over(host: Host, repeat: u32) -> Figures {
             arena: &memory,
             hints: &hints,
         };
-        let sets = [(); 4].map(|_| Tree::new(cpu).unwrap());
-        let [nodes, held, lost, closed] = &sets;
+        let sets = Sets::new(cpu).unwrap();
+        let (nodes, reserved) = (&sets.nodes, &sets.reserved);
+        let pending = &Tree::new(cpu).unwrap();
         let last = Key::of_frame(end - 1);
         let check = timed(|| {
-            let sets = Sets { nodes, held, lost };
-            let census = kho_takeover::chart(&tree, &machine, sets).unwrap();
-            assert!(census.refusal.is_none() && census.lost == 0);
+            let stats = kho_check::check_tree(&tree, &machine, &sets).unwrap();
+            assert!(stats.refusal.is_none() && stats.lost == 0);
             for (pfn, count) in runs(nodes, 0) {
                 let frames = Frames::new(Pfn::new(pfn).unwrap(), count).unwrap();
-                kho_takeover::fill(held, frames).unwrap();
+                kho_grain::add_frames(reserved, frames).unwrap();
             }
-            kho_takeover::grains(held, last, grain, closed).unwrap();
+            kho_grain::add_grains(reserved, last, grain, pending).unwrap();
         });
         let count = |set, order| runs(set, order).map(|(_, count)| count).sum::<u64>();
-        let before = count(closed, GRAIN);
+        let before = count(pending, GRAIN);
         let last = Key::of_frame((end - 1) >> GRAIN);
         let coarsen =
-            timed(|| kho_takeover::coarsen(closed, last, grain, region_limit(end)).unwrap());
+            timed(|| kho_grain::coarsen(pending, last, grain, region_limit(end)).unwrap());
         let mib = |frames: u64| frames >> (20 - PAGE_SHIFT);
-        let kept = count(held, 0);
+        let kept = count(reserved, 0);
         let now = Figures {
             host: Host { ..host },
             time: check + coarsen,
             memory: mib(memory.used() as u64),
-            regions: runs(closed, GRAIN).count(),
+            regions: runs(pending, GRAIN).count(),
             grains: mib(before - kept),
-            withheld: mib(count(closed, GRAIN) - kept),
-            free: free_blocks(end, runs(closed, GRAIN)),
-            c_free: free_blocks(end, runs(held, 0)),
+            withheld: mib(count(pending, GRAIN) - kept),
+            free: free_blocks(end, runs(pending, GRAIN)),
+            c_free: free_blocks(end, runs(reserved, 0)),
         };
         if best.as_ref().is_none_or(|best| now.time < best.time) {
             best = Some(now);

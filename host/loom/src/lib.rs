@@ -58,7 +58,7 @@ enum Break {
     Clear,
     /// The generation that hints are of does not matter.
     Generation,
-    /// `NodeMem::forget()` does nothing.
+    /// `NodeMem::new_generation()` does nothing.
     Forget,
     /// A prune does not wait for those who are in the tree.
     Grace,

@@ -197,13 +197,13 @@ impl Task {
 }
 
 impl<'t> NodeMem for &'t Task {
-    type Pass<'a>
-        = Inside<'t>
+    type Guard<'a>
+        = TreeGuard<'t>
     where
         Self: 'a;
 
     /// As `kho_sys.rs` does it.
-    fn enter(&self) -> Inside<'t> {
+    fn enter(&self) -> TreeGuard<'t> {
         let task: &'t Task = self;
         let machine = &task.machine;
         loop {
@@ -216,14 +216,14 @@ impl<'t> NodeMem for &'t Task {
             let generation = machine.generation.load(order);
             if generation & 1 == 0 || Break::Wait.is_on() {
                 let generation = if Break::Generation.is_on() { 0 } else { generation };
-                return Inside { hints, generation };
+                return TreeGuard { hints, generation };
             }
             drop(hints);
             drop(machine.prune.lock().unwrap());
         }
     }
 
-    fn forget(&self) {
+    fn new_generation(&self) {
         if !Break::Forget.is_on() {
             self.machine.generation.fetch_add(2, Relaxed);
         }
@@ -257,12 +257,12 @@ impl<'t> NodeMem for &'t Task {
 }
 
 /// Being in a tree.
-pub(crate) struct Inside<'t> {
+pub(crate) struct TreeGuard<'t> {
     hints: MutexGuard<'t, Hints>,
     generation: u64,
 }
 
-impl kho_radix::Pass for Inside<'_> {
+impl kho_radix::Guard for TreeGuard<'_> {
     fn hints(&self) -> &Hints {
         &self.hints
     }

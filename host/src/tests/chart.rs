@@ -8,14 +8,16 @@ use super::super::kho_radix::{
     Tree, //
 };
 use super::super::kho_range::Frames;
-use super::super::kho_takeover::{
-    chart,
-    fill,
-    has_all,
+use super::super::kho_check::{
+    check_tree,
     is_claimed,
-    Census,
+    Stats,
     Refusal,
     Sets, //
+};
+use super::super::kho_grain::{
+    add_frames,
+    has_frames, //
 };
 use super::super::PAGE_SHIFT;
 use super::takeover::{
@@ -49,19 +51,18 @@ fn set_mem() -> Mem {
     Mem::at(1 << 50, 2048)
 }
 
-/// Charts a tree, with memory of its own for the frames of nodes.
+/// Checks a tree, with `reserved` in `mem` and other memory for all other sets.
 fn chart_in(
     tree: &Tree<&Mem>,
     machine: &Fake,
-    held: &Tree<&Mem>,
-) -> Result<Census, NoMemory> {
+    (mem, reserved): (&Mem, &Tree<&Mem>),
+) -> Result<Stats, NoMemory> {
     let memory = set_mem();
     let sets = Sets {
-        nodes: &Tree::new(&memory).unwrap(),
-        held,
-        lost: &Tree::new(&memory).unwrap(),
+        reserved: Tree::from_root(mem, reserved.root()),
+        ..Sets::new(&memory).unwrap()
     };
-    chart(tree, machine, sets)
+    check_tree(tree, machine, &sets)
 }
 
 /// A range that may be empty.
@@ -100,8 +101,8 @@ fn chart_on(machine: &Fake, blocks: &[(u64, u32)]) {
     }
     let before = dump(&mem, root);
     let memory = set_mem();
-    let held = Tree::new(&memory).unwrap();
-    let census = chart_in(&tree, machine, &held).unwrap();
+    let reserved = Tree::new(&memory).unwrap();
+    let stats = chart_in(&tree, machine, (&memory, &reserved)).unwrap();
     assert!(dump(&mem, root) == before, "the tree was changed");
 
     // Each frame is there once, in no more nodes than that takes.
@@ -109,11 +110,11 @@ fn chart_on(machine: &Fake, blocks: &[(u64, u32)]) {
     let expected: Vec<u64> = (0..machine.ram.1)
         .filter(|pfn| claims[*pfn as usize] > 0)
         .collect();
-    let (nodes, found) = abi::walk(&memory, held.root().get());
+    let (nodes, found) = abi::walk(&memory, reserved.root().get());
     assert!(found == expected, "{blocks:x?}");
     assert_eq!(nodes.len(), abi::least_nodes(expected.iter().copied()));
-    assert_eq!(census.frames as usize, expected.len(), "{blocks:x?}");
-    let orders: Vec<(u32, u64)> = census
+    assert_eq!(stats.frames as usize, expected.len(), "{blocks:x?}");
+    let orders: Vec<(u32, u64)> = stats
         .orders()
         .map(|(of, count)| (of.get(), count))
         .collect();
@@ -127,8 +128,8 @@ fn chart_on(machine: &Fake, blocks: &[(u64, u32)]) {
     // Large blocks come first, so that the first one to be met again is the largest inner one.
     let inner = blocks.iter().filter(|block| has_larger(&blocks, **block));
     let first = inner.max_by_key(|(pfn, of)| (*of, u64::MAX - pfn));
-    assert_eq!(census.overlap, first.map(|(pfn, _)| *pfn), "{blocks:x?}");
-    if let Some(pfn) = census.overlap {
+    assert_eq!(stats.overlap, first.map(|(pfn, _)| *pfn), "{blocks:x?}");
+    if let Some(pfn) = stats.overlap {
         assert!(claims[pfn as usize] > 1, "{pfn:#x} of {blocks:x?}");
     } else {
         assert!(claims.iter().all(|claim| *claim < 2), "{blocks:x?}");
@@ -140,7 +141,7 @@ fn chart_on(machine: &Fake, blocks: &[(u64, u32)]) {
         (rng.below(machine.ram.1) >> of << of, of)
     });
     for (pfn, of) in blocks.iter().copied().chain(others) {
-        let claimed = is_claimed(&tree, &census, machine, block(pfn, of));
+        let claimed = is_claimed(&tree, &stats, machine, block(pfn, of));
         let larger = has_larger(&blocks, (pfn, of));
         assert_eq!(claimed, larger, "{pfn:#x}, order {of}, of {blocks:x?}");
     }
@@ -234,11 +235,11 @@ fn across_leaves() {
     }
 }
 
-/// What is found of some blocks: the frames that are held, how many blocks are lost, the frame of
+/// What is found of some blocks: the frames that are reserved, how many blocks are lost, the frame of
 /// the first of them, and the frames that are kept of them.
 #[derive(PartialEq, Debug)]
 struct Found {
-    held: Vec<u64>,
+    reserved: Vec<u64>,
     lost: u64,
     first: u64,
     kept: Vec<u64>,
@@ -248,27 +249,25 @@ struct Found {
 fn result_of(machine: &Fake, mem: &Mem, root: u64) -> Result<Found, Refusal> {
     // What is lost may take more memory than there is.
     let (memory, more) = (set_mem(), set_mem());
-    let [nodes, held, lost] = [&memory, &memory, &more].map(|mem| Tree::new(mem).unwrap());
+    let lost = Tree::new(&more).unwrap();
     let sets = Sets {
-        nodes: &nodes,
-        held: &held,
-        lost: &lost,
+        lost,
+        ..Sets::new(&memory).unwrap()
     };
     let before = dump(mem, root);
-    let census = chart(&tree_at(mem, root), machine, sets).unwrap();
+    let stats = check_tree(&tree_at(mem, root), machine, &sets).unwrap();
     assert!(dump(mem, root) == before, "the tree was changed");
     let found = Found {
-        held: abi::walk(&memory, held.root().get()).1,
-        lost: census.lost,
-        first: census.first_lost >> PAGE_SHIFT,
-        kept: abi::walk(&more, lost.root().get()).1,
+        reserved: abi::walk(&memory, sets.reserved.root().get()).1,
+        lost: stats.lost,
+        first: stats.first_lost >> PAGE_SHIFT,
+        kept: abi::walk(&more, sets.lost.root().get()).1,
     };
-    assert_eq!(census.frames, found.held.len() as u64);
-    for set in [nodes, held, lost] {
-        set.destroy();
-    }
-    assert_eq!(memory.live() + more.live(), 0);
-    census.refusal.map_or(Ok(found), Err)
+    assert_eq!(stats.frames, found.reserved.len() as u64);
+    sets.destroy();
+    // The set that was not used.
+    assert_eq!((memory.live(), more.live()), (1, 0));
+    stats.refusal.map_or(Ok(found), Err)
 }
 
 /// What has to be found of some blocks.
@@ -283,7 +282,7 @@ fn expected_of(machine: &Fake, blocks: &[(u64, u32)]) -> Found {
     bad.sort_by_key(|(pfn, of)| (u32::MAX - of, *pfn));
     let named = bad.iter().copied().filter(|(_, of)| 1u64 << of <= machine.ram.1 / 2);
     Found {
-        held: frames_in(good).into_iter().collect(),
+        reserved: frames_in(good).into_iter().collect(),
         lost: bad.len() as u64,
         first: bad.first().map_or(0, |(pfn, _)| *pfn),
         kept: frames_in(named.collect()).into_iter().collect(),
@@ -329,11 +328,11 @@ fn edges_of_memory() {
         let pages = 1u64 << of;
         match result_of(&machine, &mem, root) {
             Ok(found) if good => {
-                assert_eq!(found.held.len() as u64, 9 + pages, "{pfn:#x}, order {of}");
+                assert_eq!(found.reserved.len() as u64, 9 + pages, "{pfn:#x}, order {of}");
                 assert_eq!((found.lost, found.kept.len()), (0, 0));
             }
             Ok(found) => {
-                assert_eq!((found.held.len(), found.lost, found.first), (9, 1, pfn));
+                assert_eq!((found.reserved.len(), found.lost, found.first), (9, 1, pfn));
                 let kept = (pfn..(pfn + pages).min(RAM.1)).filter(|pfn| machine.is_ram(*pfn));
                 // What is more than half of all RAM nobody can have preserved.
                 let kept: Vec<u64> = kept.filter(|_| pages <= RAM.1 / 2).collect();
@@ -359,7 +358,7 @@ fn edges_of_memory() {
         let mem = node_mem();
         let root = handed_over(&mem, &[(pfn, of)]);
         let found = result_of(&machine, &mem, root).unwrap();
-        assert_eq!((found.held.len(), found.lost), (1 << of, 0), "{pfn:#x}");
+        assert_eq!((found.reserved.len(), found.lost), (1 << of, 0), "{pfn:#x}");
     }
 }
 
@@ -395,10 +394,11 @@ fn lost_blocks_claim_nothing() {
     let blocks = [(SCRATCH.0, 13), (SCRATCH.1, 0), (SCRATCH.1 + 8, 3), (0x4000, 13), (0x4100, 0)];
     let mem = node_mem();
     let tree = tree_at(&mem, handed_over(&mem, &blocks));
-    let held = set_mem();
-    let census = chart_in(&tree, &machine, &Tree::new(&held).unwrap()).unwrap();
-    assert_eq!((census.lost, census.overlap), (1, Some(0x4100)));
-    let claimed = blocks.map(|(pfn, of)| is_claimed(&tree, &census, &machine, block(pfn, of)));
+    let memory = set_mem();
+    let reserved = Tree::new(&memory).unwrap();
+    let stats = chart_in(&tree, &machine, (&memory, &reserved)).unwrap();
+    assert_eq!((stats.lost, stats.overlap), (1, Some(0x4100)));
+    let claimed = blocks.map(|(pfn, of)| is_claimed(&tree, &stats, &machine, block(pfn, of)));
     assert_eq!(claimed, [false, false, false, false, true]);
 }
 
@@ -483,7 +483,7 @@ fn orders_that_share_a_leaf() {
             machine.outside = vec![(start + pages - 1, start + pages)];
             let (mem, root) = new_tree(&[key]);
             let found = result_of(&machine, &mem, root).unwrap();
-            assert_eq!((found.held.len(), found.lost, found.first), (3, 1, start), "{key:#x}");
+            assert_eq!((found.reserved.len(), found.lost, found.first), (3, 1, start), "{key:#x}");
         }
     }
     // All that there is room for is found sound, and takes more memory than there is.
@@ -498,13 +498,12 @@ fn orders_that_share_a_leaf() {
     let (mem, root) = new_tree(&keys);
     let memory = set_mem();
     let little = Mem::at(1 << 50, 16);
-    let [nodes, held, lost] = [&memory, &little, &memory].map(|mem| Tree::new(mem).unwrap());
+    let reserved = Tree::new(&little).unwrap();
     let sets = Sets {
-        nodes: &nodes,
-        held: &held,
-        lost: &lost,
+        reserved,
+        ..Sets::new(&memory).unwrap()
     };
-    let result = chart(&tree_at(&mem, root), &machine, sets);
+    let result = check_tree(&tree_at(&mem, root), &machine, &sets);
     assert_eq!(result.map(|_| ()), Err(NoMemory));
     // Key 0 names no block.
     let (mem, root) = new_tree(&[0]);
@@ -528,9 +527,9 @@ fn without_memory() {
         let needed = abi::least_nodes(frames.iter().copied()) - 1;
         for budget in 0..=needed {
             let memory = set_mem();
-            let held = Tree::new(&memory).unwrap();
+            let reserved = Tree::new(&memory).unwrap();
             memory.budget.store(budget as i64, SeqCst);
-            let result = chart_in(&tree, &machine, &held).map(|census| census.frames);
+            let result = chart_in(&tree, &machine, (&memory, &reserved)).map(|stats| stats.frames);
             let expected = match budget < needed {
                 true => Err(NoMemory),
                 false => Ok(frames.len() as u64),
@@ -540,7 +539,7 @@ fn without_memory() {
                 "{budget} of {needed} nodes for {blocks:x?}"
             );
             assert!(dump(&mem, root) == before, "the tree was changed");
-            held.destroy();
+            reserved.destroy();
             assert_eq!(memory.live(), 0);
         }
     }
@@ -551,15 +550,15 @@ fn cost(blocks: &[(u64, u32)]) -> (u64, u64, u64) {
     let mem = node_mem();
     let root = handed_over(&mem, blocks);
     let memory = set_mem();
-    let held = Tree::new(&memory).unwrap();
+    let reserved = Tree::new(&memory).unwrap();
     let machine = Fake::new();
     let before = (mem.steps.load(SeqCst), memory.steps.load(SeqCst));
-    let census = chart_in(&tree_at(&mem, root), &machine, &held).unwrap();
-    assert_eq!(census.frames, blocks.iter().map(|(_, of)| 1 << of).sum());
+    let stats = chart_in(&tree_at(&mem, root), &machine, (&memory, &reserved)).unwrap();
+    assert_eq!(stats.frames, blocks.iter().map(|(_, of)| 1 << of).sum());
     (
         mem.steps.load(SeqCst) - before.0,
         memory.steps.load(SeqCst) - before.1,
-        machine.asked.get() - census.nodes,
+        machine.asked.get() - stats.nodes,
     )
 }
 
@@ -591,9 +590,9 @@ fn is_brief() {
         ("a row of blocks", every(4, 2), 0),
         ("scattered blocks", every(8, 2), ways),
     ] {
-        let (tree, held, asked) = cost(&blocks);
+        let (tree, reserved, asked) = cost(&blocks);
         assert!(tree <= nodes, "{what}: {tree} steps in the tree");
-        assert!(held <= most + more, "{what}: {held} steps in the chart");
+        assert!(reserved <= most + more, "{what}: {reserved} steps in the chart");
         // RAM is in three pieces.
         assert_eq!(asked, 3, "{what}");
     }
@@ -616,7 +615,7 @@ fn filling() {
             let again = part.iter().filter(|set| **set).count() as u64;
             part.fill(true);
             let range = frames_of(start, length);
-            assert_eq!(fill(&set, range), Ok(again), "{range:x?}");
+            assert_eq!(add_frames(&set, range), Ok(again), "{range:x?}");
         }
         let (nodes, keys) = abi::walk(&memory, set.root().get());
         let expected = (0..limit).filter(|pfn| model[*pfn as usize]);
@@ -629,23 +628,23 @@ fn filling() {
     let memory = set_mem();
     let set = Tree::new(&memory).unwrap();
     let last = abi::PFN_END - 1;
-    assert_eq!(fill(&set, frames_of(last - 1, 2)), Ok(0));
-    assert_eq!(fill(&set, frames_of(last, 1)), Ok(1));
-    assert_eq!(fill(&set, frames_of(0, 1)), Ok(0));
+    assert_eq!(add_frames(&set, frames_of(last - 1, 2)), Ok(0));
+    assert_eq!(add_frames(&set, frames_of(last, 1)), Ok(1));
+    assert_eq!(add_frames(&set, frames_of(0, 1)), Ok(0));
     memory.budget.store(0, SeqCst);
-    assert_eq!(fill(&set, Frames::EMPTY), Ok(0));
-    assert_eq!(fill(&set, frames_of(LEAF, 0)), Ok(0));
-    assert_eq!(fill(&set, frames_of(LEAF - 1, 2)), Err(NoMemory));
+    assert_eq!(add_frames(&set, Frames::EMPTY), Ok(0));
+    assert_eq!(add_frames(&set, frames_of(LEAF, 0)), Ok(0));
+    assert_eq!(add_frames(&set, frames_of(LEAF - 1, 2)), Err(NoMemory));
     let expected = [0, LEAF - 1, last - 1, last];
     assert_eq!(abi::walk(&memory, set.root().get()).1, expected);
 }
 
-/// Only orders that the census has are looked for.
+/// Only orders that the stats has are looked for.
 #[test]
 fn claims_need_a_census() {
     let mem = node_mem();
     let tree = tree_at(&mem, handed_over(&mem, &[(0x100, 4)]));
-    assert!(!is_claimed(&tree, &Census::default(), &Fake::new(), block(0x100, 0)));
+    assert!(!is_claimed(&tree, &Stats::default(), &Fake::new(), block(0x100, 0)));
 }
 
 /// A range is in a set if each frame is, and how long that takes to tell does not depend on how far
@@ -655,7 +654,7 @@ fn all_of_a_range() {
     let memory = set_mem();
     let set = Tree::new(&memory).unwrap();
     for (start, count) in [(5, 1), (60, 10), (LEAF - 3, LEAF + 9), (4 * LEAF, LEAF)] {
-        fill(&set, frames_of(start, count)).unwrap();
+        add_frames(&set, frames_of(start, count)).unwrap();
     }
     let model: BTreeSet<u64> = abi::walk(&memory, set.root().get()).1.into_iter().collect();
     let mut rng = Rng::new(14);
@@ -665,11 +664,11 @@ fn all_of_a_range() {
         let start = (near + rng.below(6)).saturating_sub(3);
         let count = [rng.below(4), rng.below(20), rng.below(2 * LEAF)][turn % 3];
         let all = (start..start + count).all(|pfn| model.contains(&pfn));
-        assert_eq!(has_all(&set, frames_of(start, count)), all, "{start}, {count}");
+        assert_eq!(has_frames(&set, frames_of(start, count)), all, "{start}, {count}");
         inside += usize::from(all && count > 0);
     }
     assert!(inside > 100);
     let before = memory.steps.load(SeqCst);
-    assert!(!has_all(&set, frames_of(4 * LEAF, abi::PFN_END - 4 * LEAF)));
+    assert!(!has_frames(&set, frames_of(4 * LEAF, abi::PFN_END - 4 * LEAF)));
     assert!(memory.steps.load(SeqCst) - before <= 3 * u64::from(abi::DEPTH));
 }

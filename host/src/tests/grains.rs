@@ -14,11 +14,10 @@ use super::super::kho_radix::{
     Tree, //
 };
 use super::super::kho_range::Frames;
-use super::super::kho_takeover::{
+use super::super::kho_grain::{
     coarsen,
-    grains,
-    keys,
-    make_room,
+    add_grains,
+    make_leaves,
     region_limit,
     Gaps,
     EXTENSION, //
@@ -113,20 +112,20 @@ fn grains_of_sets() {
     let bits = abi::BITMAP_LOG2;
     for set in sets() {
         let mem = set_mem();
-        let held = tree_of(&mem, &set, &[0, 7 * LEAF]);
+        let reserved = tree_of(&mem, &set, &[0, 7 * LEAF]);
         for of in [6, 7, 9, 10, 13, bits - 1, bits, bits + 3, 64 - PAGE_SHIFT] {
             let memory = set_mem();
             let found = Tree::new(&memory).unwrap();
-            let ranges = grains(&held, Key::MAX, order(of), &found);
+            let ranges = add_grains(&reserved, Key::MAX, order(of), &found);
             assert_eq!(ranges, Ok(count_runs(&set) as u64), "{:x?}", set.first());
             // There is nothing behind the last frame.
             let last = key(set.last().copied().unwrap_or(0));
-            let same = grains(&held, last, order(of), &Tree::new(&set_mem()).unwrap());
+            let same = add_grains(&reserved, last, order(of), &Tree::new(&set_mem()).unwrap());
             assert_eq!(same, ranges);
             let expected: Set = set.iter().map(|pfn| pfn >> of).collect();
             assert!(numbers_in(&memory, &found) == expected, "order {of}");
         }
-        assert_eq!(numbers_in(&mem, &held), set);
+        assert_eq!(numbers_in(&mem, &reserved), set);
     }
 }
 
@@ -136,23 +135,23 @@ fn grains_add_up() {
     let mem = set_mem();
     let memory = set_mem();
     let found = tree_of(&memory, &[3, 70].into(), &[]);
-    let held = tree_of(&mem, &[70 << 10, 71 << 10].into(), &[]);
-    assert_eq!(grains(&held, Key::MAX, order(10), &found), Ok(2));
+    let reserved = tree_of(&mem, &[70 << 10, 71 << 10].into(), &[]);
+    assert_eq!(add_grains(&reserved, Key::MAX, order(10), &found), Ok(2));
     assert_eq!(numbers_in(&memory, &found), [3, 70, 71].into());
 }
 
-/// What is held costs a look at each leaf; each grain, one way down.
+/// What is reserved costs a look at each leaf; each grain, one way down.
 #[test]
 fn grains_are_brief() {
     let depth = u64::from(abi::DEPTH);
     let (grain, leaves) = (10, 4);
     let set: Set = (0..leaves * LEAF).step_by(2).collect();
     let mem = set_mem();
-    let held = tree_of(&mem, &set, &[]);
+    let reserved = tree_of(&mem, &set, &[]);
     let memory = set_mem();
     let found = Tree::new(&memory).unwrap();
     let before = (mem.steps.load(SeqCst), memory.steps.load(SeqCst));
-    assert_eq!(grains(&held, Key::MAX, order(grain), &found), Ok(set.len() as u64));
+    assert_eq!(add_grains(&reserved, Key::MAX, order(grain), &found), Ok(set.len() as u64));
     let steps = mem.steps.load(SeqCst) - before.0;
     assert!(steps <= (leaves + 1) * depth, "{steps}");
     let steps = memory.steps.load(SeqCst) - before.1;
@@ -164,13 +163,13 @@ fn grains_are_brief() {
 fn grains_without_memory() {
     let set: Set = [5, 5000, 40 * LEAF, 1 << 40].into();
     let mem = set_mem();
-    let held = tree_of(&mem, &set, &[]);
+    let reserved = tree_of(&mem, &set, &[]);
     let needed = abi::least_nodes(set.iter().map(|pfn| pfn >> 9).collect::<Set>()) - 1;
     for budget in 0..=needed {
         let memory = set_mem();
         let found = Tree::new(&memory).unwrap();
         memory.budget.store(budget as i64, SeqCst);
-        let result = grains(&held, Key::MAX, order(9), &found);
+        let result = add_grains(&reserved, Key::MAX, order(9), &found);
         let expected = if budget < needed {
             Err(NoMemory)
         } else {
@@ -326,8 +325,8 @@ fn gaps_in(set: &Set, (start, end): (u64, u64), most: u32) -> Vec<(u64, u32)> {
     blocks
 }
 
-fn check_gaps(held: &Tree<&Mem>, set: &Set, (start, end): (u64, u64), most: u32) -> usize {
-    let mut gaps = Gaps::new(held, frames(start, end), order(most));
+fn check_gaps(reserved: &Tree<&Mem>, set: &Set, (start, end): (u64, u64), most: u32) -> usize {
+    let mut gaps = Gaps::new(reserved, frames(start, end), order(most));
     let found = gaps.by_ref().map(|it| (it.pfn().get(), it.order().get()));
     let found: Vec<_> = found.collect();
     let expected = gaps_in(set, (start, end), most);
@@ -345,7 +344,7 @@ fn gaps() {
     for set in sets() {
         let mem = set_mem();
         // A leaf without bits is as good as none.
-        let held = tree_of(&mem, &set, &[9 * LEAF, 11 * LEAF]);
+        let reserved = tree_of(&mem, &set, &[9 * LEAF, 11 * LEAF]);
         let last = set.last().copied().unwrap_or(0).min(20 * LEAF);
         let middle = set.iter().nth(set.len() / 2).copied().unwrap_or(LEAF);
         let start = middle.saturating_sub(3000).min(abi::PFN_END - 7000);
@@ -369,12 +368,12 @@ fn gaps() {
         }
         for range in ranges {
             for most in orders {
-                count += check_gaps(&held, &set, range, most);
+                count += check_gaps(&reserved, &set, range, most);
             }
         }
         // Many leaves: only large blocks, or the test takes long.
         for most in &orders[4..] {
-            count += check_gaps(&held, &set, (1, 12 * LEAF + 5), *most);
+            count += check_gaps(&reserved, &set, (1, 12 * LEAF + 5), *most);
         }
     }
     assert!(count > 100_000, "{count}");
@@ -385,8 +384,8 @@ fn gaps() {
 fn gaps_of_patterns() {
     for base in [8, 58, LEAF - 6] {
         let mem = set_mem();
-        let held = tree_of(&mem, &Set::new(), &[0, LEAF]);
-        let (nodes, _) = abi::walk(&mem, held.root().get());
+        let reserved = tree_of(&mem, &Set::new(), &[0, LEAF]);
+        let (nodes, _) = abi::walk(&mem, reserved.root().get());
         let leaves: Vec<_> = nodes.iter().filter(|(_, level, _)| *level == 0).collect();
         for pattern in 0..1u64 << 12 {
             let set: Set = (0..12)
@@ -401,7 +400,7 @@ fn gaps_of_patterns() {
                 mem.words(*phys)[((at - first) / 64) as usize].store(word, SeqCst);
             }
             let skip = pattern % 5;
-            check_gaps(&held, &set, (base + skip, base + 12), 3);
+            check_gaps(&reserved, &set, (base + skip, base + 12), 3);
         }
     }
 }
@@ -418,7 +417,7 @@ fn blocks_from(start: u64, end: u64, of: u32) -> Option<(u64, u64)> {
 #[test]
 fn keys_of_ranges() {
     let ends = |range: Frames, of| {
-        let found = keys(range, order(of));
+        let found = range.keys(order(of));
         found.map(|(first, last)| (first.get(), last.get()))
     };
     let top = abi::PFN_END;
@@ -475,7 +474,7 @@ fn keys_of_ranges_in_a_row() {
     while start < limit {
         let end = (start + 1 + rng.bits(15)).min(limit);
         for of in 0..=64 - PAGE_SHIFT {
-            let Some(bounds) = keys(frames(start, end), order(of)) else {
+            let Some(bounds) = frames(start, end).keys(order(of)) else {
                 continue;
             };
             for run in tree.runs_between(bounds) {
@@ -534,7 +533,7 @@ fn room_is_made() {
             first: key(first),
             count,
         };
-        make_room(&set, run).unwrap();
+        make_leaves(&set, run).unwrap();
         let room = abi::walk(&mem, set.root().get());
         assert_eq!(room.1, [], "there are keys");
         mem.budget.store(0, SeqCst);

@@ -355,20 +355,20 @@ fn prune(tree: &Tree<&Mem>, mem: &Mem) -> usize {
 }
 
 impl<'m> NodeMem for &'m Mem {
-    type Pass<'a>
-        = Pass<'m>
+    type Guard<'a>
+        = Guard<'m>
     where
         Self: 'a;
 
-    fn enter(&self) -> Pass<'m> {
+    fn enter(&self) -> Guard<'m> {
         let mem: &'m Mem = self;
         let _shared = mem.gate.as_ref().map(|gate| gate.read().unwrap());
         mem.inside.fetch_add(1, SeqCst);
         mem.entered.fetch_add(1, SeqCst);
-        Pass { mem, _shared }
+        Guard { mem, _shared }
     }
 
-    fn forget(&self) {
+    fn new_generation(&self) {
         self.generation
             .store(GENERATIONS.fetch_add(1, SeqCst), SeqCst);
     }
@@ -418,12 +418,12 @@ thread_local! {
 }
 
 /// Says when somebody leaves the tree.
-struct Pass<'a> {
+struct Guard<'a> {
     mem: &'a Mem,
     _shared: Option<RwLockReadGuard<'a, ()>>,
 }
 
-impl super::kho_radix::Pass for Pass<'_> {
+impl super::kho_radix::Guard for Guard<'_> {
     fn hints(&self) -> &Hints {
         HINTS.with(|hints| &hints[CPU.with(Cell::get)])
     }
@@ -433,7 +433,7 @@ impl super::kho_radix::Pass for Pass<'_> {
     }
 }
 
-impl Drop for Pass<'_> {
+impl Drop for Guard<'_> {
     fn drop(&mut self) {
         self.mem.inside.fetch_sub(1, SeqCst);
     }

@@ -621,15 +621,15 @@ fn filling_a_leaf() {
     for from in edges() {
         for to in edges() {
             let count = to.saturating_sub(from);
-            assert_eq!(leaf.fill(from, count), 0, "{from} {count}");
+            assert_eq!(leaf.set_range(from, count), 0, "{from} {count}");
             // Sparse words around, and all bits between.
             let (low, high) = (from.saturating_sub(70), (from + count + 70).min(LEAF));
             let set: u64 = bits(low, high).sum();
             assert_eq!((set, bits(from, from + count).sum()), (count, count));
             if count > 4 {
                 // The same again, and one more at either end.
-                assert_eq!(leaf.fill(from + 1, count - 2), count - 2);
-                assert_eq!(leaf.fill(from, 1), 1);
+                assert_eq!(leaf.set_range(from + 1, count - 2), count - 2);
+                assert_eq!(leaf.set_range(from, 1), 1);
             }
             (from / 64..to.div_ceil(64)).for_each(clear);
         }
@@ -639,10 +639,10 @@ fn filling_a_leaf() {
         Some(0)
     );
     // Of what does not fit, the part that does.
-    assert_eq!(leaf.fill(LEAF - 3, 10), 0);
-    assert_eq!(leaf.fill(LEAF - 5, u64::MAX), 3);
-    assert_eq!(leaf.fill(LEAF, 1), 0);
-    assert_eq!(leaf.fill(u64::MAX, 1), 0);
+    assert_eq!(leaf.set_range(LEAF - 3, 10), 0);
+    assert_eq!(leaf.set_range(LEAF - 5, u64::MAX), 3);
+    assert_eq!(leaf.set_range(LEAF, 1), 0);
+    assert_eq!(leaf.set_range(u64::MAX, 1), 0);
     assert_eq!(bits(0, LEAF).sum::<u64>(), 5);
     assert_eq!(bits(LEAF - 5, LEAF).sum::<u64>(), 5);
 }
@@ -657,7 +657,7 @@ fn filling_a_leaf_at_random() {
         let from = rng.below(LEAF);
         let count = rng.bits(9).min(LEAF - from);
         let again = model.range(from..from + count).count() as u64;
-        assert_eq!(leaf.fill(from, count), again);
+        assert_eq!(leaf.set_range(from, count), again);
         model.extend(from..from + count);
     }
     let set = |bit: &u64| mem.words(phys)[*bit as usize / 64].load(SeqCst) >> (bit % 64) & 1 == 1;
@@ -797,7 +797,7 @@ fn neighbours_need_no_descent() {
     );
     tree.add(key(base)).unwrap();
     // As after any node was taken away.
-    (&mem).forget();
+    (&mem).new_generation();
     assert_eq!(steps(&mem, || tree.add(key(base))), (far, Ok(false)));
     assert_eq!(abi::walk(&mem, tree.root().get()).1, [base, last]);
 }

@@ -19,6 +19,7 @@ use super::{
     abi,
     block,
     key,
+    order,
     Rng, //
 };
 
@@ -203,7 +204,7 @@ fn sharing() {
 }
 
 #[test]
-fn heads_and_tails() {
+fn parts_of_ranges() {
     assert_eq!(ends(Frames::EMPTY), (0, 0));
     for base in [0, 64, abi::PFN_END - 16] {
         let all = (0..16).flat_map(|i| (i..=16).map(move |j| (base + i, base + j)));
@@ -213,7 +214,8 @@ fn heads_and_tails() {
                 let at = start + count.min(length);
                 let what = format!("{start:#x}..{end:#x} at {count:#x}");
                 assert_eq!(ends(range.head(count)), (start, at), "{what}");
-                assert_eq!(ends(range.tail(count)), (at, end), "{what}");
+                assert_eq!(ends(range.from(at)), (at, end), "{what}");
+                assert_eq!(ends(range.until(at)), (start, at), "{what}");
             }
             for shift in 0..6 {
                 let size = 1u64 << shift;
@@ -229,8 +231,45 @@ fn heads_and_tails() {
         }
     }
     let all = frames(0, abi::PFN_END);
-    assert_eq!(ends(all.tail(1).head_to(1 << 20)), (1, 1 << 20));
-    assert_eq!(ends(all.tail(u64::MAX)), (abi::PFN_END, abi::PFN_END));
+    assert_eq!(ends(all.from(1).head_to(1 << 20)), (1, 1 << 20));
+    assert_eq!(ends(all.from(u64::MAX)), (abi::PFN_END, abi::PFN_END));
+    let some = frames(5, 9);
+    for (pfn, before, behind) in [(0, (5, 5), (5, 9)), (7, (5, 7), (7, 9)), (99, (5, 9), (9, 9))] {
+        assert_eq!((ends(some.until(pfn)), ends(some.from(pfn))), (before, behind));
+    }
+    for (start, end, is) in [
+        (3, 7, (3, 7)),
+        (7, 7, (7, 7)),
+        (7, 3, (0, 0)),
+        (abi::PFN_END - 1, abi::PFN_END, (abi::PFN_END - 1, abi::PFN_END)),
+        (1, abi::PFN_END + 1, (0, 0)),
+    ] {
+        assert_eq!(ends(Frames::between(start, end)), is);
+    }
+}
+
+/// The blocks of an order that lie in a range as a whole, and the numbers of its frames, found by
+/// trying.
+#[test]
+fn whole_blocks_of_ranges() {
+    for base in [0, abi::PFN_END - 32] {
+        for (start, end) in (0..32).flat_map(|i| (i..=32).map(move |j| (base + i, base + j))) {
+            let range = frames(start, end);
+            for of in 0..6 {
+                let pages = 1u64 << of;
+                let blocks = (start..end).filter(|at| at % pages == 0 && end - at >= pages);
+                let inside: Vec<u64> = blocks.flat_map(|at| at..at + pages).collect();
+                let found = range.whole_blocks(order(of));
+                assert!((found.start()..found.end()).eq(inside), "{range:?} of {of}");
+                let before = (0..start).rev().take(64).chain(0..0);
+                let last = before.filter(|at| at % pages == 0).max();
+                let below = last.map_or(0, |at| at / pages + 1);
+                assert_eq!(order(of).blocks_below(start), below, "{start:#x}");
+            }
+            let (first, last) = range.numbers();
+            assert!((first.get()..=last.get()).eq(start..end));
+        }
+    }
 }
 
 #[test]

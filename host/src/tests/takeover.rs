@@ -9,8 +9,8 @@ use super::super::kho_radix::{
     Tree, //
 };
 use super::super::kho_range::Frames;
-use super::super::kho_takeover::{
-    chart,
+use super::super::kho_check::{
+    check_tree,
     Machine,
     Refusal,
     Sets, //
@@ -86,7 +86,7 @@ impl Machine for Fake {
         self.ram.1
     }
 
-    fn room(&self, pfn: u64) -> Option<Frames> {
+    fn usable(&self, pfn: u64) -> Option<Frames> {
         self.asked.set(self.asked.get() + 1);
         if !self.has(pfn) {
             return None;
@@ -128,15 +128,10 @@ pub(super) fn tree_at(mem: &Mem, root: u64) -> Tree<&Mem> {
 /// that were met.
 fn met(mem: &Mem, root: u64, machine: &Fake) -> (Result<u64, Refusal>, Vec<u64>) {
     let memory = Mem::at(1 << 50, 2048);
-    let [nodes, held, lost] = [(); 3].map(|_| Tree::new(&memory).unwrap());
-    let sets = Sets {
-        nodes: &nodes,
-        held: &held,
-        lost: &lost,
-    };
-    let census = chart(&tree_at(mem, root), machine, sets).unwrap();
-    let result = census.refusal.map_or(Ok(census.nodes), Err);
-    (result, abi::walk(&memory, nodes.root().get()).1)
+    let sets = Sets::new(&memory).unwrap();
+    let stats = check_tree(&tree_at(mem, root), machine, &sets).unwrap();
+    let result = stats.refusal.map_or(Ok(stats.nodes), Err);
+    (result, abi::walk(&memory, sets.nodes.root().get()).1)
 }
 
 pub(super) fn frames(start: u64, end: u64) -> Frames {
@@ -166,14 +161,9 @@ fn sound_tree() {
     assert_eq!(met(&mem, empty, &machine).0, Ok(1));
     // Nothing to remember the nodes with.
     let memory = Mem::at(1 << 50, 2048);
-    let [nodes, held, lost] = [(); 3].map(|_| Tree::new(&memory).unwrap());
-    let sets = Sets {
-        nodes: &nodes,
-        held: &held,
-        lost: &lost,
-    };
+    let sets = Sets::new(&memory).unwrap();
     memory.budget.store(2, SeqCst);
-    let result = chart(&tree_at(&mem, root), &machine, sets);
+    let result = check_tree(&tree_at(&mem, root), &machine, &sets);
     assert_eq!(result.map(|_| ()), Err(NoMemory));
 }
 
@@ -373,14 +363,9 @@ fn goes_on_behind_a_broken_node() {
         let root = handed_over(&mem, &BLOCKS);
         let below = entry_to(&mem, root, bad, level).swap(1, SeqCst);
         let memory = Mem::at(1 << 50, 2048);
-        let [nodes, held, lost] = [(); 3].map(|_| Tree::new(&memory).unwrap());
-        let sets = Sets {
-            nodes: &nodes,
-            held: &held,
-            lost: &lost,
-        };
-        let census = chart(&tree_at(&mem, root), &Fake::new(), sets).unwrap();
-        assert_eq!(census.refusal, Some(Refusal::Node(1)));
+        let sets = Sets::new(&memory).unwrap();
+        let stats = check_tree(&tree_at(&mem, root), &Fake::new(), &sets).unwrap();
+        assert_eq!(stats.refusal, Some(Refusal::Node(1)));
         // All that is not below that node.
         let first = bad >> abi::node_shift(level - 1) << abi::node_shift(level - 1);
         let (_, cut) = abi::walk_from(&mem, (below, level - 1, first));
@@ -390,8 +375,8 @@ fn goes_on_behind_a_broken_node() {
             .filter(|(pfn, of)| !cut.contains(&abi::encode(pfn << PAGE_SHIFT, *of)))
             .flat_map(|(pfn, of)| *pfn..pfn + (1 << of))
             .collect();
-        let found = abi::walk(&memory, held.root().get()).1;
+        let found = abi::walk(&memory, sets.reserved.root().get()).1;
         assert!(found.iter().eq(expected.iter()), "level {level}: {found:x?}");
-        assert_eq!(census.frames, expected.len() as u64);
+        assert_eq!(stats.frames, expected.len() as u64);
     }
 }

@@ -1,0 +1,489 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Memory management as this crate sees it: the direct map, struct pages, marks and NUMA nodes.
+//!
+//! Safe functions around calls into mm/. They decide nothing about a handover.
+
+use super::kho_key::{
+    Block,
+    Order,
+    Pfn, //
+};
+use super::kho_place;
+use super::kho_range::Frames;
+use super::PAGE_SHIFT;
+use core::{
+    mem::size_of,
+    ptr::NonNull,
+    sync::atomic::{
+        AtomicUsize,
+        Ordering, //
+    },
+};
+use kernel::{
+    bindings,
+    prelude::*, //
+};
+
+/// The direct map is linear: what is added to a physical address to get its virtual one.
+static DIRECT_MAP: AtomicUsize = AtomicUsize::new(0);
+
+/// Learns where the direct map is. To be called once, before anything else here.
+#[link_section = ".init.text"]
+pub(crate) fn init_direct_map() {
+    // SAFETY: Memory is known to memblock and mapped by the time KHO is called at all.
+    let offset = unsafe { bindings::kho_glue_direct_map() };
+    DIRECT_MAP.store(offset, Ordering::Relaxed);
+}
+
+/// Returns the address at which memory at `phys` is mapped.
+pub(crate) fn virt<T>(phys: u64) -> *mut T {
+    // SAFETY: This is arithmetic; who uses the pointer says why there is memory.
+    unsafe { bindings::kho_glue_phys_to_virt(phys) }.cast()
+}
+
+/// Returns the physical address of memory in the direct map.
+pub(crate) fn phys<T>(virt: *mut T) -> u64 {
+    // SAFETY: This is arithmetic.
+    unsafe { bindings::kho_glue_virt_to_phys(virt.cast()) }
+}
+
+/// Returns the frame number and order of a folio.
+///
+/// # Safety
+///
+/// `folio` must point to a folio that stays what it is during the call.
+#[inline(always)]
+pub(crate) unsafe fn folio_block(folio: *mut bindings::folio) -> Option<Block> {
+    // SAFETY: By the caller's contract.
+    let folio = unsafe { bindings::kho_glue_folio(folio) };
+    // CAST: An order is a small number.
+    Block::new(Pfn::new(folio.pfn as u64)?, Order::new(folio.order as u32)?)
+}
+
+/// Returns the frames of `count` struct pages from `page` on.
+///
+/// # Safety
+///
+/// `page` must point to a struct page.
+pub(crate) unsafe fn page_frames(page: *mut bindings::page, count: usize) -> Option<Frames> {
+    // SAFETY: By the caller's contract.
+    let pfn = unsafe { bindings::kho_glue_page_to_pfn(page) };
+    Frames::new(Pfn::new(pfn as u64)?, count as u64)
+}
+
+/// Returns whether all of `frames` is System RAM, as `/proc/iomem` has it, and online.
+pub(crate) fn is_online_ram(frames: Frames) -> bool {
+    /// # Safety
+    ///
+    /// `sum` must point to a number.
+    unsafe extern "C" fn add(_pfn: usize, nr_pages: usize, sum: *mut c_void) -> c_int {
+        let sum = sum.cast::<u64>();
+        // SAFETY: By the contract.
+        unsafe { *sum = (*sum).wrapping_add(nr_pages as u64) };
+        0
+    }
+    let mut sum = 0u64;
+    // SAFETY: Takes any range; `add` gets what it needs.
+    unsafe {
+        bindings::walk_system_ram_range(
+            frames.start() as usize,
+            frames.count() as usize,
+            (&raw mut sum).cast(),
+            Some(add),
+        )
+    };
+    // Memory is online in sections, which are larger than this.
+    let mut rest = frames;
+    while rest.count() > 0 && Page::online(rest.start()).is_some() {
+        rest = rest.tail(rest.head_to(1 << bindings::KHO_MAX_PAGE_ORDER).count());
+    }
+    sum == frames.count() && rest.count() == 0
+}
+
+/// Returns the frames of the `size` bytes at `mem`, if there are any and all of them are RAM in the
+/// direct map.
+pub(crate) fn direct_frames(mem: *mut c_void, size: usize) -> Option<Frames> {
+    // SAFETY: Takes any address.
+    if !unsafe { bindings::kho_glue_virt_addr_valid(mem) } {
+        return None;
+    }
+    Frames::covering(phys(mem), size as u64)
+        .filter(|frames| frames.count() > 0 && is_online_ram(*frames))
+}
+
+/// Returns whether two frames are on the same NUMA node.
+#[inline(always)]
+pub(crate) fn one_node(first: u64, last: u64) -> bool {
+    if cfg!(not(CONFIG_NUMA)) {
+        return true;
+    }
+    // SAFETY: The frames have struct pages: they are those of memory that somebody preserves.
+    unsafe { bindings::kho_glue_one_node(first as usize, last as usize) }
+}
+
+/// What `page->private` says of the first page of a block that was taken over.
+///
+/// Only this kernel reads it; it is not part of the handover.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(usize)]
+pub(crate) enum Mark {
+    /// Preserved, and not asked for yet; "KHOP".
+    Preserved = 0x4b48_4f50,
+    /// About to be restored, if all that belongs to it can be, too.
+    Claimed = 0x4b48_4f51,
+}
+
+/// Bits of [`Mark`] in `page->private`, above the order.
+const MARK_SHIFT: u32 = 32;
+
+/// A struct page.
+///
+/// # Invariants
+///
+/// The pointer is that of a struct page of memory that is online or was taken over, which is not
+/// removed.
+#[derive(Clone, Copy)]
+pub(crate) struct Page(NonNull<bindings::page>);
+
+impl Page {
+    /// Returns the struct page of a frame that is online.
+    #[inline(always)]
+    pub(crate) fn online(pfn: u64) -> Option<Self> {
+        // SAFETY: Takes any number.
+        let page = unsafe { bindings::kho_glue_pfn_to_online_page(pfn as usize) };
+        // INVARIANT: It is online.
+        NonNull::new(page).map(Self)
+    }
+
+    /// Returns the struct page of a frame, online or not.
+    ///
+    /// # Safety
+    ///
+    /// The frame must be RAM that the kernel knows of.
+    pub(crate) unsafe fn of(pfn: u64) -> Option<Self> {
+        // SAFETY: By the caller's contract there is a struct page.
+        let page = unsafe { bindings::kho_glue_pfn_to_page(pfn as usize) };
+        // INVARIANT: It is RAM, which is online from boot on.
+        NonNull::new(page).map(Self)
+    }
+
+    /// Returns the struct page that `page` points to; [`None`] for a null pointer.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Page::of`].
+    pub(crate) unsafe fn from_ptr(page: *mut bindings::page) -> Option<Self> {
+        // INVARIANT: By the caller's contract.
+        NonNull::new(page).map(Self)
+    }
+
+    /// Returns the pointer.
+    pub(crate) fn as_ptr(self) -> *mut bindings::page {
+        self.0.as_ptr()
+    }
+
+    /// Returns the struct page `count` frames on.
+    ///
+    /// # Safety
+    ///
+    /// Both frames must be in one block of the page allocator's largest order, and the other one
+    /// must be RAM as well if anything is done with it.
+    #[inline]
+    pub(crate) unsafe fn nth(self, count: usize) -> Self {
+        // SAFETY: Struct pages of such a block are adjacent.
+        Self(unsafe { self.0.add(count) })
+    }
+
+    /// Returns `page->private`.
+    #[inline(always)]
+    pub(crate) fn private(&self) -> &AtomicUsize {
+        // SAFETY: By the type invariant there is a struct page, and `private` is a word in it,
+        // aligned as one. Nobody else uses that of preserved memory.
+        unsafe { &*self.as_ptr().byte_add(bindings::KHO_PAGE_PRIVATE).cast() }
+    }
+
+    /// Returns the order of the block that starts here, if it carries `mark`.
+    #[inline(always)]
+    pub(crate) fn order(self, mark: Mark) -> Option<Order> {
+        let private = self.private().load(Ordering::Relaxed);
+        if private >> MARK_SHIFT != mark as usize {
+            return None;
+        }
+        Order::new(private as u32)
+    }
+
+    /// Writes `mark` and the order.
+    pub(crate) fn mark(self, mark: Mark, order: Order) {
+        let private = (mark as usize) << MARK_SHIFT | order.get() as usize;
+        self.private().store(private, Ordering::Relaxed);
+    }
+
+    /// Turns mark `from` into `to` on a block of `order`; returns false if somebody else was
+    /// faster.
+    #[inline(always)]
+    pub(crate) fn turn(self, from: Mark, to: Mark, order: Order) -> bool {
+        let word = |mark: Mark| (mark as usize) << MARK_SHIFT | order.get() as usize;
+        self.private()
+            .compare_exchange(word(from), word(to), Ordering::AcqRel, Ordering::Relaxed)
+            .is_ok()
+    }
+
+    /// Makes a preserved block a folio that the caller has the only reference to; [`None`] if there
+    /// is none, if it is too large for a folio, or if somebody else was faster.
+    #[inline(always)]
+    pub(crate) fn take_folio(self) -> Option<*mut bindings::folio> {
+        let private = self.private().load(Ordering::Relaxed);
+        // What is left without the mark is the order, or with another mark no order at all.
+        let order = private ^ (Mark::Preserved as usize) << MARK_SHIFT;
+        if order > bindings::KHO_MAX_FOLIO_ORDER as usize {
+            return None;
+        }
+        self.private()
+            .compare_exchange(private, 0, Ordering::AcqRel, Ordering::Relaxed)
+            .ok()?;
+        // SAFETY: Only who took the mark off gets here, so that the block is nobody else's; all of
+        // it was preserved.
+        Some(unsafe { bindings::kho_glue_init_folio(self.as_ptr(), order as u32) })
+    }
+
+    /// Makes the claimed block single pages that the caller has the only reference to.
+    pub(crate) fn into_pages(self, order: Order) {
+        self.private().store(0, Ordering::Relaxed);
+        // SAFETY: The block was claimed, so that it is nobody else's; all of it was preserved.
+        unsafe { bindings::kho_glue_init_pages(self.as_ptr(), order.pages() as usize) };
+    }
+}
+
+/// Frees a page that was restored, or allocated as a chunk.
+///
+/// # Safety
+///
+/// The caller must have the only reference to the page at `phys`.
+pub(crate) unsafe fn free_page(phys: u64) {
+    // SAFETY: By the caller's contract.
+    unsafe { bindings::free_pages(virt::<c_void>(phys) as usize, 0) };
+}
+
+/// Allocates a page of zeroes that the next kernel has, too, and returns its physical address.
+pub(crate) fn alloc_page() -> Option<u64> {
+    // SAFETY: The caller may sleep.
+    let page = unsafe { bindings::kho_glue_alloc_page() };
+    there_at_boot(page, Order::ZERO).map(|page| phys(page.as_ptr()))
+}
+
+/// Allocates a folio of zeroes that the next kernel has, too. The order must be one of the page
+/// allocator's.
+pub(crate) fn alloc_folio(order: Order) -> Option<NonNull<c_void>> {
+    // SAFETY: By the caller's contract, and the caller may sleep.
+    let folio = unsafe { bindings::kho_glue_alloc_folio(order.get()) };
+    there_at_boot(folio, order)
+}
+
+/// Frees what [`alloc_folio`] returned.
+///
+/// # Safety
+///
+/// The caller must have the only reference to the folio.
+pub(crate) unsafe fn free_folio(folio: NonNull<c_void>) {
+    // SAFETY: By the caller's contract.
+    unsafe { bindings::kho_glue_folio_put(bindings::kho_glue_virt_to_folio(folio.as_ptr())) };
+}
+
+/// Returns `mem`, `2^order` pages that were just allocated, or others if those were plugged in.
+fn there_at_boot(mem: *mut c_void, order: Order) -> Option<NonNull<c_void>> {
+    let mem = NonNull::new(mem)?;
+    let frames = Frames::covering(phys(mem.as_ptr()), order.pages() << PAGE_SHIFT);
+    if frames.is_some_and(kho_place::is_plugged) {
+        return alloc_elsewhere(mem, order);
+    }
+    Some(mem)
+}
+
+/// Tries to allocate `2^order` pages that were there at boot: once on each node, and once in each
+/// of the zones that hot-plugged memory mostly lies above. Frees `plugged`.
+#[cold]
+#[inline(never)]
+fn alloc_elsewhere(plugged: NonNull<c_void>, order: Order) -> Option<NonNull<c_void>> {
+    const NO_NODE: c_int = bindings::NUMA_NO_NODE;
+    let mut last = NO_NODE;
+    let nodes = core::iter::from_fn(|| {
+        // SAFETY: Takes any number from that of no node on.
+        last = unsafe { bindings::kho_glue_next_memory_node(last) };
+        (last != NO_NODE).then_some((last, 0))
+    });
+    let zones = [
+        (NO_NODE, bindings::KHO_GFP_DMA32),
+        (NO_NODE, bindings::KHO_GFP_DMA),
+    ];
+
+    // What is no good is freed at the end, or it would be found again. It has room for a list.
+    let mut rejected = plugged.cast::<Option<NonNull<c_void>>>();
+    // SAFETY: The memory is ours, and a page at least.
+    unsafe { rejected.write(None) };
+    let mut found = None;
+    for (nid, zone) in Iterator::chain(nodes, zones) {
+        // SAFETY: The order is the page allocator's; the node has memory.
+        let mem = unsafe { bindings::kho_glue_alloc_folio_from(order.get(), nid, zone) };
+        let Some(mem) = NonNull::new(mem) else {
+            continue;
+        };
+        let frames = Frames::covering(phys(mem.as_ptr()), order.pages() << PAGE_SHIFT);
+        if !frames.is_some_and(kho_place::is_plugged) {
+            found = Some(mem);
+            break;
+        }
+        let next = rejected.cast();
+        rejected = mem.cast();
+        // SAFETY: As above.
+        unsafe { rejected.write(Some(next)) };
+    }
+    let mut next = Some(rejected.cast());
+    while let Some(mem) = next {
+        // SAFETY: As above; nobody else has it.
+        unsafe {
+            next = mem.cast::<Option<NonNull<c_void>>>().read();
+            free_folio(mem);
+        }
+    }
+    found
+}
+
+/// The nodes with memory.
+pub(crate) struct Nodes(c_int);
+
+impl Nodes {
+    #[link_section = ".init.text"]
+    pub(crate) fn all() -> Self {
+        Self(bindings::NUMA_NO_NODE)
+    }
+
+    #[link_section = ".init.text"]
+    pub(crate) fn count() -> u64 {
+        let mut count = 0u64;
+        for _ in Self::all() {
+            count = count.wrapping_add(1);
+        }
+        count
+    }
+}
+
+impl Iterator for Nodes {
+    type Item = c_int;
+
+    #[link_section = ".init.text"]
+    fn next(&mut self) -> Option<c_int> {
+        // SAFETY: May be called at any time.
+        self.0 = unsafe { bindings::kho_glue_next_memory_node(self.0) };
+        (self.0 != bindings::NUMA_NO_NODE).then_some(self.0)
+    }
+}
+
+/// Returns the first frame of a node whose struct page is not initialised yet, or [`u64::MAX`].
+#[link_section = ".init.text"]
+pub(crate) fn first_deferred(nid: c_int) -> u64 {
+    // SAFETY: Early boot.
+    unsafe { bindings::kho_glue_first_deferred(nid) as u64 }
+}
+
+/// Returns the first frame of all nodes whose struct page is not initialised yet.
+#[link_section = ".init.text"]
+pub(crate) fn first_deferred_of_all() -> u64 {
+    let mut first = u64::MAX;
+    for nid in Nodes::all() {
+        first = first.min(first_deferred(nid));
+    }
+    first
+}
+
+/// Returns the first frames of `frames`, which are on one node, that are in one zone.
+#[link_section = ".init.text"]
+pub(crate) fn in_one_zone(frames: Frames) -> Frames {
+    if frames.count() == 0 {
+        return frames;
+    }
+    let (pfn, nid) = (frames.start(), nid_of(frames.start()));
+    // SAFETY: Early boot, and there are zones.
+    let border = unsafe { bindings::kho_glue_zone_border(pfn as usize, nid) as u64 };
+    // OVERFLOW: The border lies behind the frame.
+    frames.head(border.wrapping_sub(pfn))
+}
+
+#[link_section = ".init.text"]
+pub(crate) fn nid_of(pfn: u64) -> c_int {
+    // SAFETY: While there is memblock.
+    unsafe { bindings::kho_glue_early_pfn_to_nid(pfn as usize) }
+}
+
+/// Initialises those struct pages of `frames` that are not yet.
+#[link_section = ".init.text"]
+pub(crate) fn init_deferred(frames: Frames) {
+    if frames.end() > first_deferred_of_all() {
+        for pfn in frames.start()..frames.end() {
+            // SAFETY: Early boot, and it is RAM.
+            unsafe { bindings::init_deferred_page(pfn as usize, nid_of(pfn)) };
+        }
+    }
+}
+
+/// Initialises the struct pages of a grain that is only ours.
+///
+/// They differ in nothing but the list head that points to itself: all of a grain is in one zone,
+/// node and section. So `__init_single_page()` initialises the first; the rest are copies of it.
+#[link_section = ".init.text"]
+pub(crate) fn init_grain(grain: Frames) {
+    const WORDS: usize = size_of::<bindings::page>() / size_of::<usize>();
+    const LRU: usize = bindings::KHO_PAGE_LRU / size_of::<usize>();
+    const _: () =
+        assert!(size_of::<bindings::page>() % size_of::<usize>() == 0 && LRU + 2 <= WORDS);
+
+    let (start, count) = (grain.start() as usize, grain.count() as usize);
+    // SAFETY: The grain is RAM of one node whose struct pages are deferred, and nobody has any of
+    // it. The struct pages of a block of the largest order are adjacent.
+    unsafe {
+        let first = bindings::kho_glue_pfn_to_page(start);
+        bindings::kho_glue_init_deferred(first, start, nid_of(grain.start()));
+        let words = first.cast::<[usize; WORDS]>().read();
+        for i in 1..count {
+            let page = first.add(i).cast::<usize>();
+            if let Ok([a, b, c, d, e, f, g, h]) = <[usize; 8]>::try_from(words.as_slice()) {
+                // The usual size, spelled out: with -Os a loop takes four times as long.
+                page.write(a);
+                page.add(1).write(b);
+                page.add(2).write(c);
+                page.add(3).write(d);
+                page.add(4).write(e);
+                page.add(5).write(f);
+                page.add(6).write(g);
+                page.add(7).write(h);
+            } else {
+                page.cast::<[usize; WORDS]>().write(words);
+            }
+            let lru = page.add(LRU);
+            lru.write(lru as usize);
+            lru.add(1).write(lru as usize);
+        }
+        bindings::kho_glue_init_pageblocks(start, count);
+    }
+}
+
+/// Gives a block to the page allocator.
+#[link_section = ".init.text"]
+pub(crate) fn free_block(pfn: u64, order: Order) {
+    // SAFETY: It is nobody's, its struct pages are initialised, and so are those of the block of
+    // the largest order around it.
+    unsafe { bindings::kho_glue_free_block(pfn as usize, order.get()) };
+}
+
+/// Says that there are `count` more pages of memory.
+#[link_section = ".init.text"]
+pub(crate) fn add_memory(count: u64) {
+    // SAFETY: May be called at any time.
+    unsafe { bindings::kho_glue_add_totalram(count as usize) };
+}
+
+/// Returns what to add to a physical address to get its virtual one.
+#[inline(always)]
+pub(crate) fn direct_map() -> usize {
+    DIRECT_MAP.load(Ordering::Relaxed)
+}

@@ -1,0 +1,278 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Memory for tree nodes: pages of the direct map, and who may be in a tree when.
+
+use super::kho_mm;
+use super::kho_radix::{
+    Guard,
+    Hints,
+    Node,
+    NodeAddr,
+    NodeMem,
+    Tree, //
+};
+use core::{
+    mem::size_of,
+    ptr::NonNull,
+    sync::atomic::{
+        AtomicBool,
+        AtomicU64,
+        Ordering, //
+    },
+};
+use kernel::bindings;
+
+/// The generation of tree nodes, for [`Hints`]; odd while a tree is being pruned.
+///
+/// Who is in a tree has preemption disabled and has seen an even number. That is a read-side
+/// section for RCU. So once a grace period has passed since the number became odd, whoever prunes
+/// is alone. Who comes meanwhile waits for the prune mutex.
+static GENERATION: AtomicU64 = AtomicU64::new(0);
+
+/// Being in a tree: preemption is disabled until this is dropped.
+///
+/// # Invariants
+///
+/// `hints` points to this CPU's. `generation` is even.
+pub(crate) struct TreeGuard {
+    hints: NonNull<Hints>,
+    generation: u64,
+}
+
+impl Guard for TreeGuard {
+    #[inline(always)]
+    fn hints(&self) -> &Hints {
+        // SAFETY: By the type invariant. Trees are not used from interrupts, and nobody else runs
+        // on this CPU while preemption is disabled.
+        unsafe { self.hints.as_ref() }
+    }
+
+    #[inline(always)]
+    fn generation(&self) -> u64 {
+        self.generation
+    }
+}
+
+impl Drop for TreeGuard {
+    #[inline(always)]
+    fn drop(&mut self) {
+        // SAFETY: Entered when this was made.
+        unsafe { bindings::kho_glue_leave() };
+    }
+}
+
+// C has room for them, see `kho_glue_enter()`.
+const _: () = {
+    use core::mem::align_of;
+    assert!(size_of::<Hints>() == size_of::<bindings::kho_glue_hints>());
+    assert!(align_of::<Hints>() <= align_of::<bindings::kho_glue_hints>());
+};
+
+/// Whether free memory is the page allocator's, and no longer memblock's.
+static BUDDY_IS_UP: AtomicBool = AtomicBool::new(false);
+
+/// Says that free memory is the page allocator's from now on.
+#[link_section = ".init.text"]
+pub(crate) fn set_buddy_is_up() {
+    BUDDY_IS_UP.store(true, Ordering::Relaxed);
+}
+
+/// Tree nodes in the direct map.
+#[derive(Clone, Copy)]
+pub(crate) struct Direct {
+    offset: usize,
+}
+
+impl Direct {
+    /// Returns the direct map as memory for a tree.
+    ///
+    /// # Safety
+    ///
+    /// Every address in the tree it is used with must be that of a page which holds a node for as
+    /// long as the tree is used: either this kernel made the tree, or `kho_check::chart()` is
+    /// about to look at it or has found it sound.
+    #[inline(always)]
+    pub(crate) unsafe fn new() -> Self {
+        Self {
+            offset: kho_mm::direct_map(),
+        }
+    }
+}
+
+impl NodeMem for Direct {
+    type Guard<'a> = TreeGuard;
+
+    #[inline(always)]
+    fn enter(&self) -> TreeGuard {
+        loop {
+            // SAFETY: May be called by anyone; left below, or when what is returned is dropped.
+            let hints = unsafe { bindings::kho_glue_enter() };
+            // Who sees the end of a prune also sees what it took out of the tree.
+            let generation = GENERATION.load(Ordering::Acquire);
+            if generation & 1 == 0 {
+                // INVARIANT: They are this CPU's hints, and the number is even.
+                return TreeGuard {
+                    // SAFETY: It is the address of a variable, which C has zeroed: valid hints.
+                    hints: unsafe { NonNull::new_unchecked(hints.cast()) },
+                    generation,
+                };
+            }
+            // SAFETY: Entered above.
+            unsafe { bindings::kho_glue_leave() };
+            wait_for_prune();
+        }
+    }
+
+    fn new_generation(&self) {
+        // Who comes to a tree that uses these nodes again does so after they were freed.
+        GENERATION.fetch_add(2, Ordering::Relaxed);
+    }
+
+    // The page allocator is there, or memblock is, which is gone later; as `__ref` in C.
+    #[link_section = ".ref.text"]
+    #[inline(never)]
+    fn alloc(&self) -> Option<NodeAddr> {
+        // SAFETY: Early boot, if there is no slab.
+        unsafe {
+            if !bindings::slab_is_available() {
+                return alloc_early();
+            }
+        }
+        NodeAddr::new(kho_mm::alloc_page()?)
+    }
+
+    #[link_section = ".ref.text"]
+    #[inline(never)]
+    fn free(&self, node: NodeAddr) {
+        // SAFETY: The page came from `alloc()`, and by its contract nobody uses it.
+        unsafe {
+            if BUDDY_IS_UP.load(Ordering::Relaxed) {
+                bindings::kho_glue_free_page(node.get());
+            } else {
+                bindings::memblock_phys_free(node.get(), bindings::PAGE_SIZE as u64);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn node(&self, addr: NodeAddr) -> &Node {
+        let virt = (addr.get() as usize).wrapping_add(self.offset);
+        // SAFETY: By the contract of `Direct::new()` there is a node, which is made of words that
+        // are only accessed atomically.
+        unsafe { &*(virt as *const Node) }
+    }
+}
+
+/// Pages of memblock's that wait to become nodes: the address of the first, and their end.
+///
+/// Takeover makes many nodes; memblock takes its time for each request, whatever its size. They are
+/// zeroed one by one, when they are used.
+// Early boot runs on one CPU.
+#[link_section = ".init.data"]
+static mut POOL: (u64, u64) = (0, 0);
+
+/// How many pages are taken from memblock at once.
+const POOL_PAGES: u64 = 16;
+
+/// Allocates a node from memblock.
+#[link_section = ".init.text"]
+fn alloc_early() -> Option<NodeAddr> {
+    let page = bindings::PAGE_SIZE as u64;
+    // SAFETY: Early boot; see the static.
+    let (mut next, mut end) = unsafe { POOL };
+    if next == end {
+        for pages in [POOL_PAGES, 1] {
+            let size = page.wrapping_mul(pages);
+            // Without kmemleak, which would not be told when a page is freed.
+            let limit = u64::from(bindings::MEMBLOCK_ALLOC_NOLEAKTRACE);
+            // SAFETY: Early boot.
+            let virt = unsafe {
+                let none = bindings::NUMA_NO_NODE;
+                bindings::memblock_alloc_try_nid_raw(size, page, 0, limit, none)
+            };
+            if !virt.is_null() {
+                next = kho_mm::phys(virt);
+                end = next.wrapping_add(size);
+                break;
+            }
+        }
+    }
+    if next == end {
+        return None;
+    }
+    // SAFETY: As above.
+    unsafe { POOL = (next.wrapping_add(page), end) };
+    let words = kho_mm::virt::<u64>(next);
+    let mut at = 0usize;
+    while at < bindings::PAGE_SIZE / size_of::<u64>() {
+        // SAFETY: The page has that many, and is nobody's. Volatile, or this would be a call of
+        // `memset()`, which may work byte by byte.
+        unsafe {
+            let word = words.add(at);
+            word.write_volatile(0);
+            word.add(1).write_volatile(0);
+            word.add(2).write_volatile(0);
+            word.add(3).write_volatile(0);
+            word.add(4).write_volatile(0);
+            word.add(5).write_volatile(0);
+            word.add(6).write_volatile(0);
+            word.add(7).write_volatile(0);
+        }
+        at = at.wrapping_add(8);
+    }
+    NodeAddr::new(next)
+}
+
+/// Frees what no node was made of.
+#[link_section = ".init.text"]
+pub(crate) fn drain_pool() {
+    // SAFETY: Early boot; see the static.
+    let (mut next, end) = unsafe { (&raw mut POOL).replace((0, 0)) };
+    // SAFETY: Only nodes of this kernel's are freed.
+    let direct = unsafe { Direct::new() };
+    while let Some(node) = NodeAddr::new(next).filter(|_| next < end) {
+        direct.free(node);
+        next = next.wrapping_add(bindings::PAGE_SIZE as u64);
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn wait_for_prune() {
+    // SAFETY: The mutex is a static one; the caller holds no lock.
+    unsafe {
+        bindings::kho_glue_lock_prune();
+        bindings::kho_glue_unlock_prune();
+    }
+}
+
+/// Whether a prune is to come. If it is just beginning, it may miss what became empty right now;
+/// the next one does not.
+static PRUNE_IS_DUE: AtomicBool = AtomicBool::new(false);
+
+/// Prunes `tree`, which this kernel made, while nobody else is in it; unless all of it is in use.
+pub(crate) fn prune(tree: &Tree<Direct>) {
+    PRUNE_IS_DUE.store(false, Ordering::Relaxed);
+    // SAFETY: The mutex is a static one, and this runs from a work queue, where waiting for a
+    // grace period is allowed.
+    unsafe { bindings::kho_glue_lock_prune() };
+    if tree.has_empty() {
+        GENERATION.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: As above.
+        unsafe { bindings::synchronize_rcu() };
+        tree.prune();
+        GENERATION.fetch_add(1, Ordering::Release);
+    }
+    // SAFETY: Locked above.
+    unsafe { bindings::kho_glue_unlock_prune() };
+}
+
+/// Has the outgoing tree pruned in a while.
+#[inline(always)]
+pub(crate) fn schedule_prune() {
+    if !PRUNE_IS_DUE.load(Ordering::Relaxed) {
+        PRUNE_IS_DUE.store(true, Ordering::Relaxed);
+        // SAFETY: The work is a static one.
+        unsafe { bindings::kho_glue_schedule_prune() };
+    }
+}

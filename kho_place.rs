@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Which memory can be preserved: none that lies in a scratch area, and none that was plugged in.
+//!
+//! The next kernel boots in scratch, and knows only the memory that firmware reports.
+
+use super::kho_key::{
+    Block,
+    Order, //
+};
+use super::kho_log::{
+    self,
+    Complaint, //
+};
+use super::kho_range::Frames;
+use core::sync::atomic::{
+    AtomicU32,
+    AtomicU64,
+    Ordering, //
+};
+use kernel::{
+    bindings,
+    prelude::*, //
+};
+
+/// Returns the physical addresses and sizes of the scratch areas.
+pub(crate) fn scratch() -> &'static [bindings::kho_scratch] {
+    // SAFETY: Both are written in early boot only, the pointer before the count's areas are looked
+    // at, and the array stays.
+    unsafe {
+        if bindings::kho_scratch.is_null() {
+            return &[];
+        }
+        core::slice::from_raw_parts(bindings::kho_scratch, bindings::kho_scratch_cnt as usize)
+    }
+}
+
+/// Returns the scratch area around `phys`, or the next one after that.
+#[link_section = ".init.text"]
+pub(crate) fn next_scratch(phys: u64) -> Option<&'static bindings::kho_scratch> {
+    // C hands over empty areas.
+    let areas = scratch().iter().filter(|area| area.size > 0);
+    areas
+        .filter(|area| area.addr.saturating_add(area.size) > phys)
+        .min_by_key(|area| area.addr)
+}
+
+/// Returns whether any of the `size` bytes at `phys` is in a scratch area.
+#[inline(never)]
+pub(crate) fn in_scratch(phys: u64, size: u64) -> bool {
+    let end = phys.saturating_add(size);
+    scratch().iter().any(|area| {
+        // C hands over empty areas.
+        area.size > 0 && phys < area.addr.saturating_add(area.size) && area.addr < end
+    })
+}
+
+/// A range around all memory that was plugged in while this kernel ran, or was offline: its first
+/// frame, and the one after its last. No kernel that this one boots has such memory from the start.
+static PLUGGED: (AtomicU64, AtomicU64) = (AtomicU64::new(u64::MAX), AtomicU64::new(0));
+
+/// Returns whether any of `frames` was plugged in, and was not there at boot.
+pub(crate) fn is_plugged(frames: Frames) -> bool {
+    let start = frames.start().max(PLUGGED.0.load(Ordering::Relaxed));
+    let end = frames.end().min(PLUGGED.1.load(Ordering::Relaxed));
+    // SAFETY: Takes any numbers.
+    start < end && unsafe { bindings::kho_glue_is_plugged(start as usize, end as usize) }
+}
+
+/// A coarse map of memory that may have to be refused: bit `n % 64` is set if the `n`th granule of
+/// memory, which has `2^GRANULE` pages, holds part of a scratch area or of memory that was plugged
+/// in. Until it is made, all of memory does.
+static REFUSED_MAP: AtomicU64 = AtomicU64::new(u64::MAX);
+static GRANULE: AtomicU32 = AtomicU32::new(Order::MAX.get());
+
+/// Draws the map, when the scratch areas are known and before any memory can be plugged in.
+#[link_section = ".init.text"]
+pub(crate) fn draw_map() {
+    // SAFETY: The number is known by the time there is memory to preserve.
+    let frames = unsafe { bindings::max_pfn } as u64;
+    // 64 granules cover all of RAM; what is plugged in later shares bits with it.
+    let granule = u64::BITS.wrapping_sub((frames >> 6).leading_zeros());
+    GRANULE.store(granule, Ordering::Relaxed);
+    let mut map = 0u64;
+    for area in scratch().iter().filter(|area| area.size > 0) {
+        map |= Frames::covering(area.addr, area.size).map_or(u64::MAX, granules);
+    }
+    REFUSED_MAP.store(map, Ordering::Relaxed);
+    // SAFETY: Called once, while booting.
+    unsafe { bindings::kho_glue_watch_memory() };
+}
+
+/// Returns the bits that the map has for `frames`.
+fn granules(frames: Frames) -> u64 {
+    let granule = GRANULE.load(Ordering::Relaxed);
+    let first = frames.start().wrapping_shr(granule);
+    let last = frames.end().wrapping_sub(1).wrapping_shr(granule);
+    let mut map = 0u64;
+    for n in first..=last.min(first.wrapping_add(63)) {
+        map |= 1u64.wrapping_shl(n as u32);
+    }
+    map
+}
+
+/// Notes that memory is being plugged in. It is not free yet, so that whoever gets it from the page
+/// allocator also finds the note.
+pub(crate) fn plug(frames: Frames) {
+    PLUGGED.0.fetch_min(frames.start(), Ordering::Relaxed);
+    PLUGGED.1.fetch_max(frames.end(), Ordering::Relaxed);
+    REFUSED_MAP.fetch_or(granules(frames), Ordering::Relaxed);
+}
+
+/// Returns whether `block` may have to be refused, quickly: no is right, yes need not be.
+#[inline(always)]
+pub(crate) fn may_be_refused(block: Block) -> bool {
+    let granule = GRANULE.load(Ordering::Relaxed);
+    // A block that is no larger than a granule lies in one, as it is aligned to its size.
+    let n = block.pfn().get().wrapping_shr(granule);
+    block.order().get() > granule
+        || REFUSED_MAP.load(Ordering::Relaxed).wrapping_shr(n as u32) & 1 != 0
+}
+
+/// Refuses memory that the next kernel could not take over.
+///
+/// # Errors
+///
+/// `EINVAL` in a scratch area: the next kernel boots in there. Movable memory may lie there, and
+/// has to be pinned before it is preserved. `EADDRNOTAVAIL` for memory that was plugged in while
+/// this kernel ran: the next one boots with the memory that firmware tells of.
+#[inline(never)]
+pub(crate) fn check_place(frames: Frames) -> Result {
+    if in_scratch(frames.phys(), frames.bytes()) {
+        kho_log::complain(Complaint::InScratch, frames.phys());
+        return Err(EINVAL);
+    }
+    if is_plugged(frames) {
+        kho_log::complain(Complaint::Plugged, frames.phys());
+        return Err(EADDRNOTAVAIL);
+    }
+    Ok(())
+}
