@@ -525,8 +525,8 @@ def quotient_of(c, rust):
 
 # Drawing.
 
-COLOURS = {"c": "#d55e00", "rust": "#0072b2", "xarray": "#999999"}
-LABELS = {"c": "C", "rust": "Rust", "xarray": "xarray of bitmaps"}
+COLOURS = {"c": "#d55e00", "rust": "#0072b2"}
+LABELS = {"c": "C", "rust": "Rust"}
 SIZES = {"0": "4 KiB", "2": "16 KiB", "9": "2 MiB", "mixed": "mixed orders"}
 MARKERS = {"0": "o", "2": "s", "9": "D", "mixed": "^"}
 
@@ -541,38 +541,32 @@ def main_plot(out):
     from matplotlib import pyplot
     results = Results(out)
     for variant in results.variants:
-        for name, draw in ("takeover", draw_takeover), ("boot", draw_boot), \
-                ("preserve", draw_preserve), ("memory", draw_memory):
-            figure = draw(pyplot, results, variant)
-            if figure:
-                arch, compiler, config = variant
-                figure.suptitle(f"{figure.get_suptitle()}\nLinux {results.linux}, "
-                                f"{arch}, {compiler}, {config} configuration", fontsize="medium")
-                figure.savefig(out / f"{name}-{'-'.join(variant)}.svg", metadata={"Date": None})
-                pyplot.close(figure)
+        if figure := draw_takeover(pyplot, results, variant):
+            arch, compiler, config = variant
+            figure.suptitle(f"{figure.get_suptitle()}\nLinux {results.linux}, "
+                            f"{arch}, {compiler}, {config} configuration", fontsize="medium")
+            figure.savefig(out / f"takeover-{'-'.join(variant)}.svg", metadata={"Date": None})
+            pyplot.close(figure)
 
 
-def curves(axes, results, variant, kind, value, extrapolate):
-    """Lines of one kind, for each implementation and order.  Returns whether there are any."""
-    any_drawn = False
+def curves(axes, results, variant, kind):
+    """Takeover of one kind of blocks, for each implementation and order.  Returns whether there is any."""
     for order in SIZES:
         cases = results.cases(variant, kind, order)
         for impl in "c", "rust":
             # The guest with the least memory where there are several.
             points = {}
             for case in cases:
-                y = value(impl, case)
-                if y is not None and y > 0:
+                if y := results.ticks(variant, impl, case, TAKEOVER, 2):
                     points.setdefault(case[2], y)
             points = sorted(points.items())
             if not points:
                 continue
-            any_drawn = True
             axes.plot(*zip(*points), color=COLOURS[impl], marker=MARKERS[order], markersize=5,
                       linestyle="-", label=f"{LABELS[impl]}, {SIZES[order]}")
             # The largest counts that C was not run with.
-            more = {} if impl != "c" else {
-                case[2]: extrapolate(case) for case in cases if case[2] > points[-1][0]}
+            more = {} if impl != "c" else {case[2]: results.extrapolated(variant, case, TAKEOVER)
+                                           for case in cases if case[2] > points[-1][0]}
             more = sorted((count, y) for count, y in more.items() if y)
             if more:
                 axes.plot(*zip(points[-1], *more), color=COLOURS[impl], linestyle=":")
@@ -583,85 +577,14 @@ def curves(axes, results, variant, kind, value, extrapolate):
     shown = dict(zip(labels, handles))
     if shown:
         axes.legend(shown.values(), shown.keys(), fontsize="small")
-    return any_drawn
+    return bool(shown)
 
 
 def draw_takeover(pyplot, results, variant):
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 5), sharey=True)
-    drawn = [curves(axes, results, variant, kind,
-                    lambda impl, case: results.ticks(variant, impl, case, TAKEOVER, 2),
-                    lambda case: results.extrapolated(variant, case, TAKEOVER))
-             for axes, kind in zip(panels, ("scattered", "adjacent"))]
+    drawn = [curves(axes, results, variant, kind) for axes, kind in zip(panels, ("scattered", "adjacent"))]
     figure.suptitle("Takeover: kho_memory_init_early() and kho_memory_init() in the second kernel")
     return figure if any(drawn) else None
-
-
-def draw_boot(pyplot, results, variant):
-    figure, axes = pyplot.subplots(figsize=(7, 5))
-    drawn = curves(axes, results, variant, "scattered",
-                   lambda impl, case: results.over_small(variant, impl, case, ("boot",)),
-                   lambda case: results.extrapolated(variant, case, ("boot",)))
-    figure.suptitle("Whole second boot, over one with 10 folios, where it is longer")
-    return figure if drawn else None
-
-
-def bars(axes, groups, series):
-    """Bars side by side: series is {name: [value or None for each group]}."""
-    width = 0.8 / len(series)
-    for i, (name, values) in enumerate(series.items()):
-        places = [at + (i - (len(series) - 1) / 2) * width for at in range(len(groups))]
-        drawn = axes.bar(places, [value or 0 for value in values], width, color=COLOURS[name],
-                         label=LABELS[name])
-        axes.bar_label(drawn, [f"{value:.0f}" if value else "" for value in values],
-                       fontsize="x-small", padding=1)
-    axes.set_xticks(range(len(groups)), groups, fontsize="small")
-    axes.margins(y=0.2)
-    axes.legend(fontsize="small", loc="upper right", ncols=len(series))
-
-
-def draw_preserve(pyplot, results, variant):
-    wanted = [(kind, order) for order in SIZES for kind in ("adjacent", "scattered")]
-    chosen = []
-    for kind, order in wanted:
-        cases = [case for case in results.cases(variant, kind, order)
-                 if all(results.ticks(variant, impl, case, ("represerve",), 1) for impl in ("c", "rust"))]
-        if cases:
-            chosen.append(cases[-1])
-    if not chosen:
-        return None
-    figure, panels = pyplot.subplots(2, 1, figsize=(9, 8))
-    groups = [f"{case[0]}\n{SIZES[case[1]]}" for case in chosen]
-    for axes, what in zip(panels, ("preserve", "unpreserve")):
-        names = {"c": "represerve" if what == "preserve" else what}
-        names |= {"rust": names["c"], "xarray": f"peer_{names['c']}"}
-        series = {}
-        for impl, name in names.items():
-            series[impl] = [results.ticks(variant, "c" if impl == "xarray" else impl, case, (name,), 1)
-                            for case in chosen]
-            series[impl] = [value and value / case[2] for value, case in zip(series[impl], chosen)]
-        bars(axes, groups, series)
-        axes.set_ylabel(f"guest instructions to {what} one folio")
-    figure.suptitle("Preserving a folio where the tree has its nodes already")
-    return figure
-
-
-def draw_memory(pyplot, results, variant):
-    sizes = [mem for mem in WORKLOADS["cold"][3]
-             if all(kept_from_cold(results, variant, impl, mem) for impl in ("c", "rust"))]
-    if not sizes:
-        return None
-    figure, axes = pyplot.subplots(figsize=(7, 5))
-    series = {impl: [kept_from_cold(results, variant, impl, mem) / 10.24 / g.megabytes(mem) for mem in sizes]
-              for impl in ("c", "rust")}
-    bars(axes, [f"{g.megabytes(mem)} MiB" for mem in sizes], series)
-    for bar, (impl, mem) in zip([bar for group in axes.containers for bar in group],
-                                [(impl, mem) for impl in series for mem in sizes]):
-        axes.text(bar.get_x() + bar.get_width() / 2, bar.get_height() / 2,
-                  f"{kept_from_cold(results, variant, impl, mem) / 1024:.0f}\nMiB", ha="center",
-                  va="center", fontsize="x-small", color="white")
-    axes.set_ylabel("% of the guest's memory")
-    figure.suptitle("Memory that kho=on keeps from a guest that boots cold")
-    return figure
 
 
 def main(command, out):
