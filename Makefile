@@ -14,19 +14,31 @@ ARCHS ?=
 COMPILERS ?=
 CONFIGS ?=
 WORKLOADS ?=
-export KDIR LLVM ARCH MEM FILES OUT TARBALL SHA256 ARCHS COMPILERS CONFIGS WORKLOADS
+T ?=
+HOPS ?=
+KERNELS ?=
+VM_MEM ?=
+BREAK ?=
+export KDIR LLVM ARCH MEM FILES OUT TARBALL SHA256 ARCHS COMPILERS CONFIGS WORKLOADS T
+export HOPS KERNELS VM_MEM BREAK
 ifneq ($(CACHE),)
 export CACHE
 endif
 
-.PHONY: help prepare kernel run test bench bench-full bench-host install uninstall clean
+.PHONY: help prepare kernel run vm test bench bench-full bench-host install uninstall clean
 
 help:
 	@echo 'make run        build a kernel and hand real data over to it by kexec'
 	@echo '                  FILES="a b"  the files to carry (default: the kernel, README.md);'
 	@echo '                               names with spaces are quoted, as in a shell'
 	@echo '                  MEM=2G       memory of the guest'
+	@echo 'make vm         take a running virtual machine through a kexec of its host'
+	@echo '                  KERNELS="c rust c"  with the C and the Rust implementation in turn'
+	@echo '                  HOPS=3       that many kexecs'
+	@echo '                  VM_MEM=64M   memory of the VM'
+	@echo '                  BREAK=1      flip a bit of it: the VM has to notice'
 	@echo 'make test       everything: host tests, KUnit, kexec tests, checks'
+	@echo '                  T="chain or smp"  the kexec tests that this selects, as pytest -k'
 	@echo 'make bench      measure C and Rust in guests, and the tree on the host:'
 	@echo '                  tables, JSON, drawings; half an hour'
 	@echo '                  ARCHS="x86_64 arm64" COMPILERS="gcc llvm"'
@@ -48,8 +60,11 @@ help:
 
 # scripts/kho looks at the variables, takes the cache for itself and makes sure
 # that toolchain and source are there.
-prepare kernel run test bench-host:
+prepare kernel run vm bench-host:
 	@scripts/kho $@
+
+test:
+	@scripts/kho test $(if $(T),"$$T")
 
 bench:
 	@scripts/kho bench $(if $(OUT),--out "$$OUT")
@@ -67,4 +82,4 @@ uninstall:
 	@scripts/overlay uninstall "$$KDIR"
 
 clean:
-	@scripts/clean
+	@scripts/kho clean

@@ -3,7 +3,8 @@
  * A user of kexec handover for the tests that take a kexec: memory that is
  * preserved in every way that there is, and taken back by the next kernel.
  *
- *   kho_kunit_leave   preserve it, if nothing was handed over
+ *   kho_kunit_leave     preserve it, if nothing was handed over
+ *   kho_kunit_borders   say which free blocks lie in two zones
  *
  * Each word of that memory holds its own physical address.  Results are lines
  * in the log.  What is handed over to a kernel is taken back in any case.
@@ -44,6 +45,15 @@ static int __init parse_leave(char *arg)
 	return 1;
 }
 __setup("kho_kunit_leave", parse_leave);
+
+static bool look_at_borders __initdata;
+
+static int __init parse_borders(char *arg)
+{
+	look_at_borders = true;
+	return 1;
+}
+__setup("kho_kunit_borders", parse_borders);
 
 static void __init fill(void *virt, size_t size)
 {
@@ -195,6 +205,44 @@ static int __init kho_kunit_init(void)
 	return err;
 }
 late_initcall(kho_kunit_init);
+
+/* Returns the number of pages on a free list that are not of its zone. */
+static unsigned long __init count_strangers(struct zone *zone, struct list_head *list,
+					    unsigned int order)
+{
+	unsigned long count = 0;
+	struct page *page;
+
+	list_for_each_entry(page, list, buddy_list) {
+		for (unsigned long i = 0; i < 1UL << order; i++)
+			count += page_zone(page + i) != zone;
+	}
+	return count;
+}
+
+/* The page allocator takes the zone and the node of a block from its first page. */
+static int __init kho_kunit_borders(void)
+{
+	struct zone *zone;
+
+	if (!look_at_borders)
+		return 0;
+	for_each_populated_zone(zone) {
+		unsigned long strangers = 0, flags;
+		struct list_head *list;
+		unsigned int order;
+
+		spin_lock_irqsave(&zone->lock, flags);
+		for_each_free_list(list, zone, order)
+			strangers += count_strangers(zone, list, order);
+		spin_unlock_irqrestore(&zone->lock, flags);
+		pr_info("border: node %d from 0x%lx to 0x%lx, %s: %lu managed, %lu of others\n",
+			zone_to_nid(zone), zone->zone_start_pfn, zone_end_pfn(zone), zone->name,
+			zone_managed_pages(zone), strangers);
+	}
+	return 0;
+}
+late_initcall(kho_kunit_borders);
 
 #ifdef CONFIG_ZONE_DMA32
 /* What drivers find that start before deferred struct pages are initialised. */

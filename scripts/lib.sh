@@ -6,7 +6,8 @@
 
 set -euo pipefail
 
-say() { printf '[%6ds] %s\n' "$(($(date +%s) - ${KHO_T0:=$(date +%s)}))" "$*"; }
+# What goes on is said on stderr: stdout is for results.
+say() { printf '[%6ds] %s\n' "$(($(date +%s) - ${KHO_T0:=$(date +%s)}))" "$*" >&2; }
 die() { printf 'kho: %s\n' "$*" >&2; exit 1; }
 KHO_T0=${KHO_T0:-$(date +%s)}
 
@@ -44,7 +45,7 @@ export TOP CACHE JOBS SRC TREE KHO_T0
 # The cache has a marker, which lists the names of what was made in it, where
 # they are not always the same, and which is its lock.
 MARKER=$CACHE/.kho-cache
-FIXED=(kernels guest log deb unpack host-target bench bench-host.json root.path source.path)
+FIXED=(kernels guest kunit log deb unpack host-target bench bench-host.json root.path source.path)
 
 # is_ours: whether the cache was made here.  One of an older version has no
 # marker.  It names the tree or the root in it, and has nothing else in it.
@@ -95,16 +96,16 @@ run_logged() {
 	pid=$!
 	while kill -0 "$pid" 2>/dev/null; do
 		sleep 1
-		if [ $((SECONDS % 15)) -eq 0 ] || [ -t 1 ]; then
+		if [ $((SECONDS % 15)) -eq 0 ] || [ -t 2 ]; then
 			last="$(wc -l <"$log") lines, $(tail -n 1 "$log" | cut -c1-60 | tr -d '\r\033')"
-			if [ -t 1 ]; then
-				printf '\r\033[K          ... %s' "$last"
+			if [ -t 2 ]; then
+				printf '\r\033[K          ... %s' "$last" >&2
 			else
-				printf '          ... %s\n' "$last"
+				printf '          ... %s\n' "$last" >&2
 			fi
 		fi
 	done
-	[ -t 1 ] && printf '\r\033[K'
+	[ ! -t 2 ] || printf '\r\033[K' >&2
 	wait "$pid" || rc=$?
 	if [ $rc -ne 0 ]; then
 		tail -n 40 "$log" >&2
@@ -118,8 +119,8 @@ run_logged() {
 # cache, with the repository and the cache mounted at the paths they have outside
 # and the same directory.
 in_root() {
-	local root
-	root=$(cat "$CACHE/root.path" 2>/dev/null) || die "no build root: run scripts/root"
+	local root=/
+	[ -n "${KHO_INSIDE:-}" ] || root=$(cat "$CACHE/root.path" 2>/dev/null) || die "no build root: run scripts/root"
 	# A daemon that stays behind must not hold the lock.
 	if [ "$root" = / ]; then
 		"$@" 9>&-
@@ -127,11 +128,10 @@ in_root() {
 	fi
 	local ns=(unshare --mount --pid --fork --kill-child)
 	[ "$(id -u)" = 0 ] || ns+=(--map-auto --map-root-user)
-	ROOT=$root HERE=$PWD "${ns[@]}" "$TOP/scripts/enter-root" "$@" 9>&-
+	ROOT=$root HERE=$PWD "${ns[@]}" "$TOP/scripts/root" --enter "$@" 9>&-
 }
 
-# check NAME CMD...: one test, as KTAP; what CMD prints goes to $log.  The counts
-# are of a script's tests.
+# check NAME CMD...: one test, as KTAP; what CMD prints goes to $log.
 number=0 failed=0
 check() {
 	local name=$1 status=0
@@ -144,9 +144,9 @@ check() {
 	status=$?
 	set -e
 	if [ $status = 0 ]; then
-		echo "ok $number - $name"
+		echo "ok $number $name"
 	else
 		failed=$((failed + 1))
-		echo "not ok $number - $name # log: $log"
+		echo "not ok $number $name # log: $log"
 	fi
 }

@@ -32,11 +32,9 @@
 #include <sys/mman.h>
 #include <sys/reboot.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
-#include <linux/kexec.h>
-#include <linux/liveupdate.h>
+#include "luo.h"
 
 #define MAX_FILES	1024
 #define PAGE		4096
@@ -46,47 +44,6 @@
 
 static int fds[MAX_FILES + 1];
 static char buffer[1 << 20];
-
-static int session_open(unsigned long request, const char *name)
-{
-	/* Same layout as struct liveupdate_ioctl_retrieve_session. */
-	struct liveupdate_ioctl_create_session arg = { .size = sizeof(arg) };
-	int luo = open("/dev/liveupdate", O_RDWR);
-
-	if (luo < 0)
-		err(1, "/dev/liveupdate");
-	snprintf((char *)arg.name, sizeof(arg.name), "%s", name);
-	if (ioctl(luo, request, &arg))
-		err(1, "session %s", name);
-	close(luo);
-	return arg.fd;
-}
-
-static int try_preserve_fd(int session, int fd, unsigned long token)
-{
-	struct liveupdate_session_preserve_fd arg = {
-		.size = sizeof(arg), .fd = fd, .token = token,
-	};
-
-	return ioctl(session, LIVEUPDATE_SESSION_PRESERVE_FD, &arg);
-}
-
-static void preserve_fd(int session, int fd, unsigned long token)
-{
-	if (try_preserve_fd(session, fd, token))
-		err(1, "preserve file %lu", token);
-}
-
-static int retrieve_fd(int session, unsigned long token)
-{
-	struct liveupdate_session_retrieve_fd arg = {
-		.size = sizeof(arg), .token = token,
-	};
-
-	if (ioctl(session, LIVEUPDATE_SESSION_RETRIEVE_FD, &arg))
-		err(1, "retrieve file %lu", token);
-	return arg.fd;
-}
 
 static void write_all(int fd, const char *data, size_t len)
 {
@@ -404,7 +361,6 @@ static void break_file(int fd)
 
 static void retrieve(const char *name, int again)
 {
-	struct liveupdate_session_finish finish = { .size = sizeof(finish) };
 	int session = session_open(LIVEUPDATE_IOCTL_RETRIEVE_SESSION, name);
 	int count;
 
@@ -416,9 +372,7 @@ static void retrieve(const char *name, int again)
 		break_file(fds[1]);
 	for (int i = 0; i <= count; i++)
 		print_file(fds[i], i);
-	if (ioctl(session, LIVEUPDATE_SESSION_FINISH, &finish))
-		err(1, "finish %s", name);
-	close(session);
+	session_finish(session);
 	if (again) {
 		preserve_files(name, count);
 		hold();
@@ -477,18 +431,6 @@ static int stress(int rounds)
 	return !!failed;
 }
 
-static void load(const char *image, const char *initrd, const char *args)
-{
-	int image_fd = open(image, O_RDONLY);
-	int initrd_fd = open(initrd, O_RDONLY);
-
-	if (image_fd < 0 || initrd_fd < 0)
-		err(1, "%s, %s", image, initrd);
-	if (syscall(SYS_kexec_file_load, image_fd, initrd_fd, strlen(args) + 1,
-		    args, 0UL))
-		err(1, "kexec_file_load");
-}
-
 int main(int argc, char *argv[])
 {
 	const char *cmd = argc > 1 ? argv[1] : "";
@@ -514,7 +456,7 @@ int main(int argc, char *argv[])
 	else if (!strcmp(cmd, "stress") && argc == 3)
 		return stress(atoi(argv[2]));
 	else if (!strcmp(cmd, "load") && argc == 5)
-		load(argv[2], argv[3], argv[4]);
+		load_kernel(argv[2], argv[3], argv[4]);
 	else if (!strcmp(cmd, "kexec") && argc == 2)
 		reboot(RB_KEXEC);
 	else

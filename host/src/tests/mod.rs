@@ -231,6 +231,8 @@ struct Mem {
     strict: AtomicBool,
     /// Who is in the tree shares this, if there is one.
     gate: Option<RwLock<()>>,
+    /// The root of a tree that must not lead to a node when that is freed, or 0.
+    watched: AtomicU64,
     /// The generation of nodes, which no two memories share.
     generation: AtomicU64,
     /// How often memory was asked for anything.
@@ -252,6 +254,7 @@ impl Mem {
             entered: AtomicU64::new(0),
             strict: AtomicBool::new(false),
             gate: None,
+            watched: AtomicU64::new(0),
             generation: AtomicU64::new(GENERATIONS.fetch_add(1, SeqCst)),
             steps: AtomicU64::new(0),
             script: Mutex::new(None),
@@ -301,6 +304,11 @@ impl Mem {
             .for_each(|word| word.store(0, SeqCst));
         assert!(!slot.live.swap(true, SeqCst));
         Some(self.base + ((index as u64) << PAGE_SHIFT))
+    }
+
+    /// Has each node that is freed looked for in `tree`, which takes long if that is large.
+    fn watch(&self, tree: &Tree<&Mem>) {
+        self.watched.store(tree.root().get(), SeqCst);
     }
 
     /// Does `actions` to the tree at `root` at the `after`th step from now.
@@ -378,6 +386,12 @@ impl<'m> NodeMem for &'m Mem {
     fn free(&self, node: NodeAddr) {
         let (index, slot) = self.slot(node.get());
         assert!(slot.live.swap(false, SeqCst), "freed twice");
+        match self.watched.load(SeqCst) {
+            0 => (),
+            root if root == node.get() => self.watched.store(0, SeqCst),
+            // Fails if it comes to a node that is not allocated.
+            root => drop(abi::walk(self, root)),
+        }
         for word in slot.words.get().unwrap() {
             word.store(0xdead_dead_dead_dead, SeqCst);
         }

@@ -50,6 +50,7 @@ fn interleave(start: &[u64], main: Action, others: &[Action]) {
     for after in 0.. {
         let mem = Mem::new();
         let tree = Tree::new(&mem).unwrap();
+        mem.watch(&tree);
         let root = tree.root().get();
         for number in start {
             tree.add(key(*number)).unwrap();
@@ -130,6 +131,7 @@ fn lost_races() {
         for steps in 0..40 {
             let mem = Mem::new();
             let tree = Tree::new(&mem).unwrap();
+            mem.watch(&tree);
             let root = tree.root().get();
             mem.script(steps, root, &[Add(winner)]);
             mem.budget.store(100, SeqCst);
@@ -162,6 +164,7 @@ fn more_missing_after_prune() {
         for steps in 0..20 {
             let mem = Mem::new();
             let tree = Tree::new(&mem).unwrap();
+            mem.watch(&tree);
             let root = tree.root().get();
             tree.add(key(sibling)).unwrap();
             mem.script(steps, root, &[Remove(sibling), Prune]);
@@ -197,6 +200,7 @@ fn storm(gate: Option<RwLock<()>>) {
     let mut mem = Mem::new();
     mem.gate = gate;
     let tree = Tree::new(&mem).unwrap();
+    mem.watch(&tree);
     let shared = contested(&mut Rng::new(6));
     let balance: Vec<AtomicI64> = shared.iter().map(|_| AtomicI64::new(0)).collect();
     let stop = AtomicBool::new(false);

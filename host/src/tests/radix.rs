@@ -411,6 +411,7 @@ fn all_or_nothing() {
         for budget in 0..i64::from(abi::DEPTH) {
             let mem = Mem::new();
             let tree = Tree::new(&mem).unwrap();
+            mem.watch(&tree);
             tree.add(key(sibling)).unwrap();
             let root = tree.root().get();
             let (before, live) = (dump(&mem, root), mem.live());
@@ -563,6 +564,7 @@ fn emptied() {
     ] {
         let mem = Mem::new();
         let tree = Tree::new(&mem).unwrap();
+        mem.watch(&tree);
         tree.add(key(base + a)).unwrap();
         tree.add(key(base + b)).unwrap();
         tree.add(key(base + LEAF)).unwrap();
@@ -849,6 +851,7 @@ fn hint_of_a_node_that_is_gone() {
     let mut roots = BTreeSet::new();
     for number in [5, 5, 5 + LEAF, 6, 6 + 3 * LEAF] {
         let tree = Tree::new(&mem).unwrap();
+        mem.watch(&tree);
         roots.insert(tree.root().get());
         for _ in 0..3 {
             assert_eq!(tree.add(key(number)), Ok(true));

@@ -10,7 +10,9 @@ use super::super::kho_key::{
 use super::super::kho_radix::Run;
 use super::super::kho_range::{
     largest_hole,
-    Frames, //
+    Attempts,
+    Frames,
+    Shortage, //
 };
 use super::super::PAGE_SHIFT;
 use super::{
@@ -310,5 +312,82 @@ fn holes() {
             best,
             "{start} {end} {align} {taken:?}"
         );
+    }
+}
+
+fn short(size: u64, hole: u64) -> Shortage {
+    Shortage { size, hole }
+}
+
+#[test]
+fn shortage() {
+    assert_eq!(short(100, 30).missing(), 70);
+    assert_eq!(short(100, 0).missing(), 100);
+    assert_eq!(short(100, 100).missing(), 0);
+    // A hole may be large enough and be of no use for another reason.
+    assert_eq!(short(100, u64::MAX).missing(), 0);
+    assert_eq!(short(u64::MAX, 0).missing(), u64::MAX);
+}
+
+#[test]
+fn attempts() {
+    let kernel = short(64, 8);
+    // There is no place at all for the kernel.
+    assert_eq!(Attempts::NONE.end(kernel, true), Some(kernel));
+    // There is no further one, and something else was wrong at the places that there are.
+    assert_eq!(Attempts::NONE.end(kernel, false), None);
+
+    // Whatever the order of what was short, the least of it is what to say.
+    let closest = short(50, 45);
+    let others = [short(10, 1), short(50, 30), short(90, 80), short(1000, 0)];
+    for at in 0..=others.len() {
+        let mut attempts = Attempts::NONE;
+        let mut noted = others.to_vec();
+        noted.insert(at, closest);
+        for shortage in noted {
+            attempts.note(shortage);
+        }
+        assert_eq!(attempts.end(kernel, false), Some(closest), "noted as {at}");
+        // It is said once.
+        assert_eq!(attempts.end(kernel, false), None);
+    }
+    // Of two that are as close, the first one.
+    let mut attempts = Attempts::NONE;
+    attempts.note(short(20, 10));
+    attempts.note(short(30, 20));
+    assert_eq!(attempts.end(kernel, false), Some(short(20, 10)));
+    // What is left of an image that had no place for its kernel is not said of the next one.
+    attempts.note(closest);
+    assert_eq!(attempts.end(kernel, true), Some(kernel));
+    assert_eq!(attempts.end(kernel, false), None);
+}
+
+/// What a loader finds and what is said meanwhile: it tries each place for the kernel, of which
+/// `holes` has the size of the largest hole behind it, and then there is none for a segment of
+/// `size`. Returns whether the image was loaded.
+fn load(size: u64, holes: &[u64], said: &mut Vec<Shortage>) -> bool {
+    let mut attempts = Attempts::NONE;
+    for hole in holes {
+        if *hole >= size {
+            return true;
+        }
+        attempts.note(short(size, *hole));
+    }
+    said.extend(attempts.end(short(64, 8), holes.is_empty()));
+    false
+}
+
+#[test]
+fn said_once_and_only_on_failure() {
+    let mut rng = Rng::new(11);
+    for _ in 0..2000 {
+        let size = 1 + rng.below(20);
+        let holes: Vec<_> = (0..rng.below(6)).map(|_| rng.below(24)).collect();
+        let mut said = Vec::new();
+        let loaded = load(size, &holes, &mut said);
+        assert_eq!(loaded, holes.iter().any(|hole| *hole >= size));
+        let largest = holes.iter().max().map(|hole| short(size, *hole));
+        let expected = (!loaded).then(|| largest.unwrap_or(short(64, 8)));
+        assert_eq!(said, Vec::from_iter(expected), "{size} in {holes:?}");
     }
 }

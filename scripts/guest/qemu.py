@@ -5,6 +5,8 @@ A guest gets a small initramfs (busybox, kho-guest, init.sh) and shares one
 directory with the host over 9p: scripts for its kernels go in, results come
 out.  The serial log holds what every kernel said; each of them must be clean.
 """
+import contextlib
+import fcntl
 import functools
 import hashlib
 import os
@@ -13,11 +15,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
-TOP = Path(__file__).resolve().parent.parent
+TOP = Path(__file__).resolve().parents[2]
 CACHE = Path(os.environ["CACHE"])
 SRC = Path(os.environ["SRC"])
 GUEST = TOP / "scripts/guest"
@@ -26,7 +27,6 @@ WORK = CACHE / "guest"
 CMDLINE = "console=ttyS0 earlycon=uart8250,io,0x3f8,115200n8 panic=-1 no_timer_check"
 HANG = 180
 COMPILERS = {"x86_64": "gcc", "arm64": "aarch64-linux-gnu-gcc"}
-COMPILING = threading.Lock()
 
 # Nothing like this is ever all right.  "panic=" is on the command line.
 BAD = re.compile(r"panic(?!=)|Oops|BUG:|WARNING:|Call Trace|KASAN|general protection|refcount_t"
@@ -40,6 +40,48 @@ class Fail(Exception):
 def say(text):
     start = int(os.environ.setdefault("KHO_T0", str(int(time.time()))))
     print(f"[{int(time.time()) - start:6d}s] {text}", file=sys.stderr, flush=True)
+
+
+def spoilt(right, wrong):
+    """The right value, or the wrong one where every test has to fail: see rust-testing.rst."""
+    return wrong if os.environ.get("KHO_BREAK") else right
+
+
+@contextlib.contextmanager
+def locked(name):
+    """What several processes would do at once, one after the other."""
+    WORK.mkdir(exist_ok=True)
+    with open(WORK / f".{name}", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+# Kernels: what is built, and the environment of scripts/kernel for it.
+KERNELS = {
+    "RUST": ("rust", {}),
+    "C": ("c", {}),
+    "KUNIT": ("kunit", {}),
+    "PLAIN": ("rust", {"LLVM": "1", "CONFIG": "plain"}),
+    "ARM64": ("rust", {"ARCH": "arm64", "BENCH": "1"}),
+}
+
+
+@functools.cache
+def image(kernel):
+    """The file of a kernel, which is built unless this run has done so, or RUST_KERNEL=... names it."""
+    if kernel not in KERNELS:
+        return Path(kernel)
+    if named := os.environ.get(f"{kernel}_KERNEL"):
+        return Path(named)
+    variant, more = KERNELS[kernel]
+    env = {**os.environ, **more}
+    with locked("kernels"):
+        path = Path(subprocess.check_output([TOP / "scripts/kernel", "--print", variant], env=env,
+                                            text=True).strip())
+        if not path.exists() or path.stat().st_mtime < int(os.environ["KHO_T0"]):
+            if subprocess.run([TOP / "scripts/kernel", variant], env=env, stdout=sys.stderr).returncode:
+                raise Fail(f"kernel {kernel} was not built")
+    return path
 
 
 # Programs and the initramfs.
@@ -66,7 +108,7 @@ def headers(arch="x86_64"):
 
 def program(name, *sources, flags=(), arch="x86_64"):
     """Compiles a static program, if its sources changed, and returns its path."""
-    with COMPILING:
+    with locked("program"):
         return compiled(name, *sources, flags=flags, arch=arch)
 
 
@@ -74,7 +116,7 @@ def compiled(name, *sources, flags, arch):
     flags = ["-static", "-O2", "-Wall", *flags, "-isystem" if "-nostdinc" not in flags else "-I",
              str(headers(arch))]
     key = hashlib.sha256(repr((sources, flags)).encode())
-    for source in sources:
+    for source in (*sources, *sorted(GUEST.glob("*.h"))):
         key.update(Path(source).read_bytes())
     out = WORK / f"{name}-{key.hexdigest()[:12]}"
     if not out.exists():
@@ -83,6 +125,10 @@ def compiled(name, *sources, flags, arch):
         command(COMPILERS[arch], *flags, "-o", f"{out}.new", *sources)
         Path(f"{out}.new").rename(out)
     return out
+
+
+def kho_guest():
+    return program("kho-guest", GUEST / "kho-guest.c", GUEST / "luo.c")
 
 
 def selftest(directory, name, nolibc=True):
@@ -101,40 +147,32 @@ def selftest(directory, name, nolibc=True):
 
 
 class Cpio:
-    """An archive in the newc format, as the kernel unpacks it."""
+    """An initramfs, made by the tree's own usr/gen_init_cpio."""
 
     def __init__(self):
-        self.data = bytearray()
-        self.inode = 0
-
-    def _add(self, name, mode, content=b"", rdev=(0, 0)):
-        self.inode += 1
-        name = name.encode() + b"\0"
-        fields = (self.inode, mode, 0, 0, 1, 0, len(content), 0, 0, *rdev, len(name), 0)
-        self.data += b"070701" + b"".join(b"%08x" % field for field in fields) + name
-        self.data += bytes(-len(self.data) % 4) + content
-        self.data += bytes(-len(self.data) % 4)
+        self.lines = []
 
     def dirs(self, *names):
-        for name in names:
-            self._add(name, 0o40755)
+        self.lines += [f"dir /{name} 755 0 0" for name in names]
         return self
 
     def console(self):
-        self._add("dev/console", 0o20600, rdev=(5, 1))
+        self.lines.append("nod /dev/console 600 0 0 c 5 1")
         return self
 
     def file(self, name, path):
-        self._add(name, 0o100755, Path(path).read_bytes())
+        self.lines.append(f"file /{name} {path} 755 0 0")
         return self
 
     def link(self, name, target):
-        self._add(name, 0o120777, target.encode())
+        self.lines.append(f"slink /{name} {target} 777 0 0")
         return self
 
     def write(self, path):
-        self._add("TRAILER!!!", 0)
-        Path(path).write_bytes(self.data)
+        with tempfile.NamedTemporaryFile("w", suffix=".list") as listed:
+            listed.write("\n".join(self.lines) + "\n")
+            listed.flush()
+            command(program("gen_init_cpio", SRC / "usr/gen_init_cpio.c"), "-t", "0", "-o", path, listed.name)
         return path
 
 
@@ -146,7 +184,7 @@ def initrd(path, **programs):
     for applet in subprocess.check_output([busybox, "--list"], text=True).split():
         if applet != "busybox":
             cpio.link(f"bin/{applet}", "busybox")
-    cpio.file("bin/kho-guest", program("kho-guest", GUEST / "kho-guest.c"))
+    cpio.file("bin/kho-guest", kho_guest())
     for name, binary in programs.items():
         cpio.file(f"bin/{name}", binary)
     return cpio.write(path)
@@ -252,6 +290,7 @@ def qemu(log, kernel, initramfs, cmdline, share=None, mem="1G", smp=1, nodes=1, 
          ram=None, title=None, during=None, machine=None, base=CMDLINE, plug=None):
     """Runs a guest to its end and returns its Run.
 
+    nodes: how many there are, or the size of each.
     ram: a file that has the guest's memory.
     plug: memory that the guest can take into use while it runs.
     machine: QEMU and the arguments that choose another machine than the tests'.
@@ -264,15 +303,24 @@ def qemu(log, kernel, initramfs, cmdline, share=None, mem="1G", smp=1, nodes=1, 
     args = ["setpriv", "--pdeathsig", "KILL", *(machine or tests_machine()),
             "-nographic", "-nodefaults", "-no-reboot",
             "-m", f"{size}M" + (",slots=1,maxmem=8G" if plug else ""), "-smp", f"{smp},sockets={smp}", "-serial", f"file:{log}",
-            "-kernel", str(kernel), "-initrd", str(initramfs), "-append", f"{base} {cmdline}"]
+            "-kernel", str(image(kernel)), "-initrd", str(initramfs), "-append", f"{base} {cmdline}"]
     if share:
         args += ["-fsdev", f"local,id=kho,path={share},security_model=none,multidevs=remap",
                  "-device", "virtio-9p-pci,fsdev=kho,mount_tag=kho"]
-    if nodes > 1:
-        for node in range(nodes):
-            args += ["-object", f"memory-backend-ram,id=mem{node},size={size // nodes}M",
-                     "-numa", f"node,nodeid={node},cpus={node},memdev=mem{node}"]
-    if ram:
+    sizes = [size // nodes] * nodes if isinstance(nodes, int) else [megabytes(node) for node in nodes]
+    if len(sizes) > 1:
+        if ram:
+            # QEMU makes a file for one node only.
+            Path(ram).touch()
+            os.truncate(ram, size << 20)
+        for node, its in enumerate(sizes):
+            backend = f"memory-backend-file,mem-path={ram},offset={sum(sizes[:node])}M,share=on" if ram \
+                else "memory-backend-ram"
+            # More than the host may have, of which little is used.
+            backend += ",reserve=off" if its > 8192 else ""
+            args += ["-object", f"{backend},id=mem{node},size={its}M",
+                     "-numa", f"node,nodeid={node},memdev=mem{node}" + (f",cpus={node}" if node < smp else "")]
+    elif ram:
         args += ["-object", f"memory-backend-file,id=ram,size={size}M,mem-path={ram},share=on",
                  "-machine", "memory-backend=ram"]
     if plug:
@@ -319,14 +367,14 @@ class Guest:
     """A shared directory and the guest that is run on it."""
 
     def __init__(self, log, kernel, **others):
-        """others: images by the name that stage scripts call them, default next=kernel."""
+        """others: kernels by the name that stage scripts call them, default next=kernel."""
         self.log = Path(log)
         self.dir = Path(tempfile.mkdtemp(prefix=f"{self.log.stem}-", dir=WORK))
         self.share = self.dir / "share"
         self.share.mkdir()
         self.kernel = kernel
-        for name, image in {"next": kernel, **others}.items():
-            shutil.copyfile(image, self.share / name)
+        for name, other in {"next": kernel, **others}.items():
+            shutil.copyfile(image(other), self.share / name)
         self.manifest = []
         self.programs = {}
 
@@ -355,8 +403,7 @@ class Guest:
         (self.share / "manifest").write_text(
             "".join(f"{digest} {size} {name}\n" for name, size, digest in self.manifest))
         again = cmdline if again is None else again
-        if os.environ.get("KHO_BREAK"):
-            cmdline, again = (f"{args} kho_break=1" for args in (cmdline, again))
+        cmdline, again = (args + spoilt("", " kho_break=1") for args in (cmdline, again))
         (self.share / "cmdline").write_text(f"{CMDLINE} {again}")
         initrd(self.share / "initrd", **self.programs)
         return qemu(self.log, self.kernel, self.share / "initrd", f"{cmdline} kho_stage=1",

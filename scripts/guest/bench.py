@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0
 """The benchmark of kexec handover: runs guests, prints tables, draws.
 
-  run OUT        boots every guest that is asked for, writes OUT/bench.json
-  table OUT      prints what OUT/bench.json has, as one table
-  rst OUT        prints the tables of Documentation/rust-benchmark.rst
-  plot OUT       draws it, as OUT/*.svg and OUT/*.png
+  run OUT        boots every guest that is asked for; OUT/bench.jsonl has a record
+                 of each, a line, and OUT/runs.jsonl when and with what that was
+  table OUT      prints the tables of Documentation/rust-benchmark.rst
+  plot OUT       draws it, as OUT/*.svg
 
 Guests run under "-icount shift=0": one instruction takes one nanosecond, and
 the counter that the kernel reads counts instructions.  So figures do not depend
@@ -26,9 +26,8 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import guest as g  # noqa: E402
-from guest import Fail, say  # noqa: E402
+from . import qemu as g
+from .qemu import Fail, say
 
 SMALL = ("adjacent", "0", 10)
 # Nothing from outside gets in: no time of day, and no random numbers but the same ones.
@@ -78,21 +77,26 @@ def bench_init(arch):
     return g.program(f"bench-init-{arch}", g.TOP / "bench/bench-init.c", arch=arch)
 
 
-def initramfs(path, arch, next_kernel=None, cmdline=None):
-    """One program; for a first kernel, what it needs to start the next one as well."""
+def initramfs(path, arch, next_kernel=None, cmdline=None, size=0):
+    """One program; for a first kernel, what it needs to start the next one as well.
+
+    size: that of the next kernel's initramfs, if it is to be larger than it need be.
+    """
     cpio = g.Cpio().dirs("dev", "proc", "sys").console().file("init", bench_init(arch))
     if next_kernel:
         inner = initramfs(path.with_suffix(".next"), arch)
+        os.truncate(inner, max(size, inner.stat().st_size))
         text = path.with_suffix(".cmdline")
         text.write_text(cmdline + "\n")
         cpio.file("next", next_kernel).file("next.initrd", inner).file("next.cmdline", text)
     return cpio.write(path)
 
 
-def boot(log, arch, kernel, mem, cmdline, kernels, cpus=0):
+def boot(log, arch, kernel, mem, cmdline, kernels, cpus=0, next_kernel=None, initrd=0, **options):
     """Boots a guest and returns the figures that each of its kernels reported.
 
     cpus: so many processors, in real time; else one, which counts instructions.
+    next_kernel: another image than the first one; initrd: the size of its initramfs.
     """
     machine, console = MACHINES[arch]
     machine = [*machine, *(REAL_TIME if cpus else ICOUNT)]
@@ -100,11 +104,11 @@ def boot(log, arch, kernel, mem, cmdline, kernels, cpus=0):
     with tempfile.TemporaryDirectory(dir=g.WORK) as work:
         image = Path(work, "initramfs")
         if kernels == 2:
-            initramfs(image, arch, kernel, f"{base} {cmdline}")
+            initramfs(image, arch, next_kernel or kernel, f"{base} {cmdline}", initrd)
         else:
             initramfs(image, arch)
         run = g.qemu(log, kernel, image, cmdline, mem=mem, timeout=PATIENCE, machine=machine, base=base,
-                     smp=cpus or 1)
+                     smp=cpus or 1, **options)
     run.expect(kernels)
     figures = []
     for number, text in enumerate(run.kernels, 1):
@@ -213,19 +217,18 @@ def main_run(out):
     kernels = [tuple(word.split(":", 4)) for word in os.environ["KERNELS"].split()]
     g.WORK.mkdir(exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "bench.json"
-    done = json.loads(path.read_text()) if path.exists() else {"runs": {}, "records": []}
+    records, runs = load(out / "bench.jsonl"), load(out / "runs.jsonl")
     date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
     run = f"{date}, commit {os.environ.get('COMMIT') or 'unknown'}"
-    done["runs"][run] = {"machine": machine(), **versions()}
     # What was measured with the same kernels is not measured again, and what was measured with
     # other ones is not mixed with it.
     images = {kernel[:4]: image(kernel) for kernel in kernels}
-    done["records"] = [old for old in done["records"]
-                       if images.get(tuple(old[key] for key in KEYS[:4]), old["image"]) == old["image"]]
-    used = {run, *(old["run"] for old in done["records"])}
-    done["runs"] = {name: what for name, what in done["runs"].items() if name in used}
-    known = [tuple(old[key] for key in KEYS) for old in done["records"]]
+    records = [old for old in records
+               if images.get(tuple(old[key] for key in KEYS[:4]), old["image"]) == old["image"]]
+    used = {old["run"] for old in records} - {run}
+    store(out / "runs.jsonl", [*(old for old in runs if old["run"] in used),
+                               {"run": run, "machine": machine(), **versions()}])
+    known = [tuple(old[key] for key in KEYS) for old in records]
     # What is measured does not depend on the host, so neither on another guest there.
     guests = [(kernel, *guest) for variant in dict.fromkeys(kernel[:3] for kernel in kernels)
               for guest in plan(names) for kernel in kernels
@@ -236,8 +239,17 @@ def main_run(out):
             (large, 1):
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
             for record in pool.map(lambda guest: one(*guest), some):
-                done["records"].append({**record, "run": run})
-                path.write_text(json.dumps(done, indent=1) + "\n")
+                records.append({**record, "run": run})
+                store(out / "bench.jsonl", records)
+
+
+def load(path):
+    """The lines of a file, of which each is JSON."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def store(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def machine():
@@ -260,15 +272,14 @@ def versions():
 class Results:
     """The records of a benchmark, and what is derived from them."""
 
-    def __init__(self, path):
-        self.data = json.loads(path.read_text())
-        self.by_key = {tuple(record[key] for key in KEYS): record["kernels"]
-                       for record in self.data["records"]}
+    def __init__(self, out):
+        records, self.runs = load(out / "bench.jsonl"), load(out / "runs.jsonl")
+        self.by_key = {tuple(record[key] for key in KEYS): record["kernels"] for record in records}
         # By variant and implementation: when that was measured, and of which commit.
-        self.runs = {}
-        for record in self.data["records"]:
-            self.runs.setdefault(tuple(record[key] for key in KEYS[:4]), set()).add(record["run"])
-        self.linux = " and ".join(sorted({run["linux"] for run in self.data["runs"].values()}))
+        self.measured = {}
+        for record in records:
+            self.measured.setdefault(tuple(record[key] for key in KEYS[:4]), set()).add(record["run"])
+        self.linux = " and ".join(sorted({run["linux"] for run in self.runs}))
         self.variants = sorted({key[:3] for key in self.by_key}, key=lambda variant: (
             list(MACHINES).index(variant[0]), variant[1], variant[2]))
 
@@ -338,66 +349,12 @@ PEER_COSTS = (
 )
 
 
-def rows(results, variant):
-    """(workload, what, unit, C, its mark, Rust) of all that was measured for a variant."""
-    memories = sorted({key[7] for key in results.by_key if key[:3] == variant}, key=g.megabytes)
-    for mem in memories:
-        for title, what in BOOT_COSTS:
-            c, rust = (results.ticks(variant, impl, (*SMALL, mem), what, 2) for impl in ("c", "rust"))
-            if c is not None or rust is not None:
-                yield f"10 folios, {mem}", title, "in all", c, "", rust
-    seen = set()
-    for kind, order, _, _ in WORKLOADS.values():
-        if kind in ("cold", "cpus") or (kind, order) in seen:
-            continue
-        seen.add((kind, order))
-        for case in results.cases(variant, kind, order):
-            count = case[2]
-            words = {"range": "pages of a range", "vmalloc": "pages of vmalloc",
-                     "memfd": "pages of a memfd"}.get(kind, f"{kind} of order {order}")
-            more = {("vmalloc", "9"): ", huge", ("memfd", "9"): ", huge", ("range", "1"): ", not aligned"}
-            name = f"{count} {words}{more.get((kind, order), '')}, {case[3]}"
-            unit, number_of = ("per folio", count) if kind in FOLIOS else ("in all", 1)
-            for title, what in BOOT_COSTS:
-                c = results.over_small(variant, "c", case, what)
-                rust = results.over_small(variant, "rust", case, what)
-                mark = ""
-                if c is None and title in ("takeover", "before SMP", "whole boot"):
-                    c, mark = results.extrapolated(variant, case, what), "*"
-                if c is not None or rust is not None:
-                    yield name, title, unit, per(c, number_of), mark, per(rust, number_of)
-            for title, what, kernel in CALL_COSTS:
-                c, rust = (results.ticks(variant, impl, case, (what,), kernel) for impl in ("c", "rust"))
-                if what == "prune" and rust is not None:
-                    yield name, title, "in all", None, "", rust
-                elif c is not None or rust is not None:
-                    yield name, title, unit, per(c, number_of), "", per(rust, number_of)
-            for title, what in PEER_COSTS:
-                peer = results.ticks(variant, "c", case, (what,), 1)
-                if peer is not None:
-                    yield name, title, unit, per(peer, number_of), "", None
-    faster = on_two_cpus(results, variant)
-    if faster:
-        yield "4000 adjacent of order 9, 12G", "late on 2 CPUs, in time", "x 1 CPU", None, "", faster
-    for mem in memories:
-        kept = [kept_from_cold(results, variant, impl, mem) for impl in ("c", "rust")]
-        if any(kept):
-            yield f"cold guest, {mem}", "memory kept by kho=on", "KiB", kept[0], "", kept[1]
-
-
-# Kinds that consist of folios.
-FOLIOS = ("adjacent", "scattered", "random", "sparse")
-
 
 def on_two_cpus(results, variant):
     """How many times as fast as one processor two of them are after takeover."""
     one, two = (results.ticks(variant, "rust", (f"cpus-{cpus}", "9", 4_000, "12G"), ("kho_memory_init_late",), 2)
                 for cpus in (1, 2))
     return one / two if one and two else None
-
-
-def per(value, count):
-    return None if value is None else value / count
 
 
 def kept_from_cold(results, variant, impl, mem):
@@ -412,44 +369,13 @@ def number(value):
     return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.1f}"
 
 
-def ratio(c, rust):
-    """How many times less it is."""
-    if c is None or rust is None or c <= 0 or rust <= 0:
-        return "-"
-    quotient = c / rust
-    return f"{quotient:,.0f}" if quotient >= 100 else f"{quotient:.2f}"
-
-
 def header(results):
     """What was measured, when, and on what."""
-    for name, run in results.data["runs"].items():
-        yield f"{name}: Linux {run['linux']}, {run['machine']}"
+    for run in results.runs:
+        yield f"{run['run']}: Linux {run['linux']}, {run['machine']}"
         yield from (f"    {run[tool]}" for tool in ("gcc", "clang", "rustc", "qemu") if run[tool])
-    for variant in results.variants:
-        for impl in "c", "rust":
-            if (*variant, impl) in results.runs:
-                yield f"{' '.join(variant)} {impl}: {'; '.join(sorted(results.runs[(*variant, impl)]))}"
-
-
-HEADINGS = ("workload", "what", "unit", "C", "Rust", "C / Rust")
-
-
-def cells(results, variant):
-    for name, what, unit, c, mark, rust in rows(results, variant):
-        yield name, what, unit, number(c) + (mark if c is not None else ""), number(rust), ratio(c, rust)
-
-
-def main_table(out):
-    results = Results(out / "bench.json")
-    print("\n".join(header(results)))
-    print("guest instructions, unless a unit is given; * extrapolated by the square law")
-    for variant in results.variants:
-        table = [HEADINGS, *cells(results, variant)]
-        widths = [max(len(row[i]) for row in table) for i in range(len(HEADINGS))]
-        print(f"\n{' '.join(variant)}")
-        for row in table:
-            print("  ".join(cell.ljust(width) if i < 3 else cell.rjust(width)
-                            for i, (cell, width) in enumerate(zip(row, widths))).rstrip())
+    for key, runs in sorted(results.measured.items()):
+        yield f"{' '.join(key)}: {'; '.join(sorted(runs))}"
 
 
 # The tables of the documentation: (label, case, what), and whether the figure is for each folio
@@ -552,8 +478,9 @@ def rst_table(headings, table):
     print("\n".join([rule, lines[0], rule, *lines[1:], rule]))
 
 
-def main_rst(out):
-    results = Results(out / "bench.json")
+def main_table(out):
+    results = Results(out)
+    print("\n".join(header(results)))
     for title, variants, wanted_rows in (
             ("x86_64, gcc, debug", [("x86_64", "gcc", "debug")], MAIN_TABLE),
             ("The other compiler, and the other configuration",
@@ -584,6 +511,9 @@ def main_rst(out):
         if table:
             print(f"\n{title}\n")
             rst_table(headings, table)
+        for variant in variants:
+            if faster := on_two_cpus(results, variant):
+                print(f"\n4,000 adjacent of 2 MiB, late on two CPUs: {faster:.1f} times as fast as on one")
 
 
 def quotient_of(c, rust):
@@ -595,8 +525,8 @@ def quotient_of(c, rust):
 
 # Drawing.
 
-COLOURS = {"c": "#d55e00", "rust": "#0072b2", "xarray": "#999999"}
-LABELS = {"c": "C", "rust": "Rust", "xarray": "xarray of bitmaps"}
+COLOURS = {"c": "#d55e00", "rust": "#0072b2"}
+LABELS = {"c": "C", "rust": "Rust"}
 SIZES = {"0": "4 KiB", "2": "16 KiB", "9": "2 MiB", "mixed": "mixed orders"}
 MARKERS = {"0": "o", "2": "s", "9": "D", "mixed": "^"}
 
@@ -606,45 +536,37 @@ def main_plot(out):
     import matplotlib
     matplotlib.use("Agg")
     # The same figures give the same files.
-    matplotlib.rcParams.update({"svg.hashsalt": "kho", "axes.grid": True, "grid.alpha": 0.3,
+    matplotlib.rcParams.update({"svg.hashsalt": "kho", "svg.fonttype": "none", "axes.grid": True, "grid.alpha": 0.3,
                                 "axes.axisbelow": True, "figure.constrained_layout.use": True})
     from matplotlib import pyplot
-    results = Results(out / "bench.json")
+    results = Results(out)
     for variant in results.variants:
-        for name, draw in ("takeover", draw_takeover), ("boot", draw_boot), \
-                ("preserve", draw_preserve), ("memory", draw_memory):
-            figure = draw(pyplot, results, variant)
-            if figure:
-                arch, compiler, config = variant
-                figure.suptitle(f"{figure.get_suptitle()}\nLinux {results.linux}, "
-                                f"{arch}, {compiler}, {config} configuration", fontsize="medium")
-                path = out / f"{name}-{'-'.join(variant)}"
-                figure.savefig(f"{path}.svg", metadata={"Date": None})
-                figure.savefig(f"{path}.png", dpi=150, metadata={"Software": None})
-                pyplot.close(figure)
+        if figure := draw_takeover(pyplot, results, variant):
+            arch, compiler, config = variant
+            figure.suptitle(f"{figure.get_suptitle()}\nLinux {results.linux}, "
+                            f"{arch}, {compiler}, {config} configuration", fontsize="medium")
+            figure.savefig(out / f"takeover-{'-'.join(variant)}.svg", metadata={"Date": None})
+            pyplot.close(figure)
 
 
-def curves(axes, results, variant, kind, value, extrapolate):
-    """Lines of one kind, for each implementation and order.  Returns whether there are any."""
-    any_drawn = False
+def curves(axes, results, variant, kind):
+    """Takeover of one kind of blocks, for each implementation and order.  Returns whether there is any."""
     for order in SIZES:
         cases = results.cases(variant, kind, order)
         for impl in "c", "rust":
             # The guest with the least memory where there are several.
             points = {}
             for case in cases:
-                y = value(impl, case)
-                if y is not None and y > 0:
+                if y := results.ticks(variant, impl, case, TAKEOVER, 2):
                     points.setdefault(case[2], y)
             points = sorted(points.items())
             if not points:
                 continue
-            any_drawn = True
             axes.plot(*zip(*points), color=COLOURS[impl], marker=MARKERS[order], markersize=5,
                       linestyle="-", label=f"{LABELS[impl]}, {SIZES[order]}")
             # The largest counts that C was not run with.
-            more = {} if impl != "c" else {
-                case[2]: extrapolate(case) for case in cases if case[2] > points[-1][0]}
+            more = {} if impl != "c" else {case[2]: results.extrapolated(variant, case, TAKEOVER)
+                                           for case in cases if case[2] > points[-1][0]}
             more = sorted((count, y) for count, y in more.items() if y)
             if more:
                 axes.plot(*zip(points[-1], *more), color=COLOURS[impl], linestyle=":")
@@ -655,89 +577,18 @@ def curves(axes, results, variant, kind, value, extrapolate):
     shown = dict(zip(labels, handles))
     if shown:
         axes.legend(shown.values(), shown.keys(), fontsize="small")
-    return any_drawn
+    return bool(shown)
 
 
 def draw_takeover(pyplot, results, variant):
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 5), sharey=True)
-    drawn = [curves(axes, results, variant, kind,
-                    lambda impl, case: results.ticks(variant, impl, case, TAKEOVER, 2),
-                    lambda case: results.extrapolated(variant, case, TAKEOVER))
-             for axes, kind in zip(panels, ("scattered", "adjacent"))]
+    drawn = [curves(axes, results, variant, kind) for axes, kind in zip(panels, ("scattered", "adjacent"))]
     figure.suptitle("Takeover: kho_memory_init_early() and kho_memory_init() in the second kernel")
     return figure if any(drawn) else None
 
 
-def draw_boot(pyplot, results, variant):
-    figure, axes = pyplot.subplots(figsize=(7, 5))
-    drawn = curves(axes, results, variant, "scattered",
-                   lambda impl, case: results.over_small(variant, impl, case, ("boot",)),
-                   lambda case: results.extrapolated(variant, case, ("boot",)))
-    figure.suptitle("Whole second boot, over one with 10 folios, where it is longer")
-    return figure if drawn else None
-
-
-def bars(axes, groups, series):
-    """Bars side by side: series is {name: [value or None for each group]}."""
-    width = 0.8 / len(series)
-    for i, (name, values) in enumerate(series.items()):
-        places = [at + (i - (len(series) - 1) / 2) * width for at in range(len(groups))]
-        drawn = axes.bar(places, [value or 0 for value in values], width, color=COLOURS[name],
-                         label=LABELS[name])
-        axes.bar_label(drawn, [f"{value:.0f}" if value else "" for value in values],
-                       fontsize="x-small", padding=1)
-    axes.set_xticks(range(len(groups)), groups, fontsize="small")
-    axes.margins(y=0.2)
-    axes.legend(fontsize="small", loc="upper right", ncols=len(series))
-
-
-def draw_preserve(pyplot, results, variant):
-    wanted = [(kind, order) for order in SIZES for kind in ("adjacent", "scattered")]
-    chosen = []
-    for kind, order in wanted:
-        cases = [case for case in results.cases(variant, kind, order)
-                 if all(results.ticks(variant, impl, case, ("represerve",), 1) for impl in ("c", "rust"))]
-        if cases:
-            chosen.append(cases[-1])
-    if not chosen:
-        return None
-    figure, panels = pyplot.subplots(2, 1, figsize=(9, 8))
-    groups = [f"{case[0]}\n{SIZES[case[1]]}" for case in chosen]
-    for axes, what in zip(panels, ("preserve", "unpreserve")):
-        names = {"c": "represerve" if what == "preserve" else what}
-        names |= {"rust": names["c"], "xarray": f"peer_{names['c']}"}
-        series = {}
-        for impl, name in names.items():
-            series[impl] = [results.ticks(variant, "c" if impl == "xarray" else impl, case, (name,), 1)
-                            for case in chosen]
-            series[impl] = [value and value / case[2] for value, case in zip(series[impl], chosen)]
-        bars(axes, groups, series)
-        axes.set_ylabel(f"guest instructions to {what} one folio")
-    figure.suptitle("Preserving a folio where the tree has its nodes already")
-    return figure
-
-
-def draw_memory(pyplot, results, variant):
-    sizes = [mem for mem in WORKLOADS["cold"][3]
-             if all(kept_from_cold(results, variant, impl, mem) for impl in ("c", "rust"))]
-    if not sizes:
-        return None
-    figure, axes = pyplot.subplots(figsize=(7, 5))
-    series = {impl: [kept_from_cold(results, variant, impl, mem) / 10.24 / g.megabytes(mem) for mem in sizes]
-              for impl in ("c", "rust")}
-    bars(axes, [f"{g.megabytes(mem)} MiB" for mem in sizes], series)
-    for bar, (impl, mem) in zip([bar for group in axes.containers for bar in group],
-                                [(impl, mem) for impl in series for mem in sizes]):
-        axes.text(bar.get_x() + bar.get_width() / 2, bar.get_height() / 2,
-                  f"{kept_from_cold(results, variant, impl, mem) / 1024:.0f}\nMiB", ha="center",
-                  va="center", fontsize="x-small", color="white")
-    axes.set_ylabel("% of the guest's memory")
-    figure.suptitle("Memory that kho=on keeps from a guest that boots cold")
-    return figure
-
-
 def main(command, out):
-    {"run": main_run, "plot": main_plot, "table": main_table, "rst": main_rst}[command](Path(out))
+    {"run": main_run, "plot": main_plot, "table": main_table}[command](Path(out))
 
 
 if __name__ == "__main__":

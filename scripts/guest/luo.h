@@ -1,0 +1,16 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+#ifndef KHO_GUEST_LUO_H
+#define KHO_GUEST_LUO_H
+
+#include <linux/liveupdate.h>
+
+/* request: LIVEUPDATE_IOCTL_CREATE_SESSION or LIVEUPDATE_IOCTL_RETRIEVE_SESSION. */
+int session_open(unsigned long request, const char *name);
+int try_preserve_fd(int session, int fd, unsigned long token);
+void preserve_fd(int session, int fd, unsigned long token);
+int retrieve_fd(int session, unsigned long token);
+/* Closes the session as well. */
+void session_finish(int session);
+void load_kernel(const char *image, const char *initrd, const char *args);
+
+#endif
