@@ -2,26 +2,35 @@
 
 //! Kexec handover (KHO): memory that survives a kexec.
 //!
-//! This is the crate's root: its rooms, and what C calls. The entry points convert and call; what
-//! is done is in the rooms.
+//! This is the crate's root: its modules, and what C calls. The entry points convert and call; what
+//! is done is in the modules. Each module uses only those above it here, or beside it on the left:
 //!
 //! ```text
-//!  pure       kho_key kho_word kho_radix kho_range   keys, the tree, ranges
-//!             kho_takeover kho_fdt kho_param         rules for what another kernel or a user says
-//!  policy     kho_pages kho_vmalloc                  preserve and restore memory
-//!             kho_kexec kho_state                    images; what is handed over, in and out
-//!  ring       kho_sys                                memory, libfdt
-//!             kho_memblock kho_withheld kho_scratch  early boot, takeover, scratch
-//!  C          kho_glue.h kho_glue.c                  exports, initcalls, inline functions
+//!  pure         kho_key kho_word kho_param   frames, orders and keys; words; kho_scratch=
+//!               kho_radix kho_range kho_fdt  the tree; ranges; rules for the root FDT
+//!               kho_grain kho_check          sets of frames; is the incoming tree sound?
+//!  kernel side  kho_log kho_place            complaints; memory that cannot be preserved
+//!               kho_libfdt kho_mm            FDTs; direct map, struct pages, marks, nodes
+//!               kho_memblock kho_nodemem     the door to memblock; memory for tree nodes
+//!               kho_scratch kho_state        scratch areas; what is handed over, in and out
+//!               kho_takeover                 memory that is withheld until it is restored
+//!  policy       kho_pages kho_vmalloc        preserve and restore memory
+//!               kho_boot kho_kexec           what happens while booting; images
+//!  C            kho_glue.h kho_glue.c        exports, initcalls, inline functions
 //! ```
 //!
-//! The pure rooms use nothing but `core`, and are tested on the host, too.
+//! The pure modules use nothing but `core`, have no `unsafe`, and are tested on the host, too. Every
+//! call of C is in a kernel-side or policy module; a policy module calls C itself only where there
+//! is no rule to keep, and says why it may.
+//!
+//! Functions that run only while the kernel boots are in `.init.text`, one by one: a crate has no
+//! neater way to say so.
 //!
 //! # What callers keep to
 //!
 //! A function that may sleep says so. It must not be called from an interrupt, with preemption
 //! disabled, with a spinlock held or inside an RCU read-side section; a kernel with
-//! `CONFIG_DEBUG_ATOMIC_SLEEP` tells of a caller that does. Mutexes may be held.
+//! `CONFIG_DEBUG_ATOMIC_SLEEP` warns of a caller that does. Mutexes may be held.
 //!
 //! Functions that preserve something return 0 or one of these errors, and preserve all of it or
 //! nothing:
@@ -31,12 +40,12 @@
 //!   The next kernel boots in there; movable memory has to be pinned before it is preserved.
 //! - `-EADDRNOTAVAIL`: a part of the memory was plugged in after this kernel had booted. The next
 //!   one does not know of it when it takes over.
-//! - `-EEXIST`: exactly this block is preserved already. It stays so, and is for whoever preserved
-//!   it first to give up.
+//! - `-EEXIST`: exactly this block is preserved already. It stays so, and is the first caller's to
+//!   give up.
 //! - `-ENOMEM`: there is no memory for nodes of the tree.
 //!
-//! Memory that is preserved stays its owner's, who must keep it allocated and in place for as long
-//! as it is preserved. In the next kernel it belongs to nobody until it is restored, and then to
+//! Memory that is preserved stays its owner's. The owner must keep it allocated and in place for as
+//! long as it is preserved. In the next kernel it belongs to nobody until it is restored, and then to
 //! the caller that restored it.
 //!
 //! C headers: [`include/linux/kexec_handover.h`](srctree/include/linux/kexec_handover.h),
@@ -85,6 +94,7 @@ mod kho_word;
 mod kunit;
 
 use kho_key::Key;
+use kho_memblock::Memblock;
 use kho_nodemem::Direct;
 use kho_radix::{
     Node,
@@ -256,7 +266,7 @@ unsafe extern "C" fn kho_unpreserve_pages(page: *mut bindings::page, nr_pages: u
 /// They are restored with `kho_restore_pages()`, or given up with `kho_unpreserve_pages()`.
 ///
 /// May sleep. Returns 0 or an error, see [above](crate); also `-EINVAL` unless both are multiples
-/// of `PAGE_SIZE` and `size` is not 0, and if part of it is no System RAM that is online, or is in
+/// of `PAGE_SIZE` and `size` is not 0, and if part of it is not System RAM that is online, or is in
 /// the first MiB on x86.
 ///
 /// # Safety
@@ -426,7 +436,7 @@ unsafe extern "C" fn kho_restore_free(mem: *mut c_void) {
 /// To preserve them is the caller's task, before or after this: the next kernel ignores a subtree
 /// whose blob is not preserved as a whole.
 ///
-/// May sleep. Returns 0; `-EINVAL` if there are no bytes, or if a part of them is no RAM in the
+/// May sleep. Returns 0; `-EINVAL` if there are no bytes, or if a part of them is not RAM in the
 /// direct map that is online, or lies in a scratch area; `-EADDRNOTAVAIL` if a part was plugged in
 /// after this kernel had booted; `-EOPNOTSUPP` with KHO off; `-EEXIST` if there is that name;
 /// `-ENOMEM` if the FDT is full, which has one page.
@@ -503,7 +513,9 @@ unsafe extern "C" fn kho_populate(
     scratch_phys: u64,
     scratch_len: u64,
 ) {
-    kho_boot::populate(fdt_phys, fdt_len, scratch_phys, scratch_len);
+    // SAFETY: `setup_arch()` runs on one CPU, long before `kho_memory_init_late()`.
+    let memblock = unsafe { Memblock::get() };
+    kho_boot::populate(memblock, (fdt_phys, fdt_len), (scratch_phys, scratch_len));
 }
 
 /// Checks what was handed over, and gives memblock more memory to allocate from.
@@ -514,7 +526,8 @@ unsafe extern "C" fn kho_populate(
 #[export]
 #[link_section = ".init.text"]
 unsafe extern "C" fn kho_memory_init_early() {
-    kho_boot::init_early();
+    // SAFETY: `mm_core_init_early()` runs on one CPU, long before `kho_memory_init_late()`.
+    kho_boot::init_early(unsafe { Memblock::get() });
 }
 
 /// Keeps preserved memory from the page allocator, or reserves scratch on a cold boot.
@@ -525,7 +538,8 @@ unsafe extern "C" fn kho_memory_init_early() {
 #[export]
 #[link_section = ".init.text"]
 unsafe extern "C" fn kho_memory_init() {
-    kho_boot::init();
+    // SAFETY: `mm_core_init()` runs on one CPU, long before `kho_memory_init_late()`.
+    kho_boot::init(unsafe { Memblock::get() });
 }
 
 /// Gives back what lies between preserved memory, as far as that cannot wait.
@@ -577,11 +591,11 @@ unsafe extern "C" fn kho_rs_parse_enable(arg: *mut c_char) -> c_int {
 unsafe extern "C" fn kho_rs_parse_scratch(arg: *mut c_char) -> c_int {
     // SAFETY: By the caller's contract.
     unsafe { kho_scratch::parse(arg) };
-    // What is wrong has been said.
+    // `parse()` has reported a bad value.
     0
 }
 
-/// Learns which memory has to be refused, before there can be more of it.
+/// Draws the map of memory that has to be refused, before any can be plugged in.
 ///
 /// # Safety
 ///
@@ -602,6 +616,7 @@ unsafe extern "C" fn kho_rs_map() -> c_int {
 /// # Safety
 ///
 /// Always safe to call.
+// Required to be unsafe due to the `#[export]` annotation.
 #[export]
 unsafe extern "C" fn kho_rs_plug(pfn: usize, nr_pages: usize) {
     if let Some(frames) =
@@ -635,7 +650,7 @@ unsafe extern "C" fn kho_rs_prune() {
     kho_state::prune();
 }
 
-/// Says how often what was complained of has come up again.
+/// Sums up complaints that have come up again.
 ///
 /// # Safety
 ///
@@ -663,7 +678,7 @@ unsafe extern "C" fn kho_fill_kimage(image: *mut bindings::kimage) -> c_int {
 
 /// Finds a place in scratch for a segment of an image.
 ///
-/// May sleep. Returns 0; 1 if the segment may lie anywhere; `-EADDRNOTAVAIL` if there is no room;
+/// May sleep. Returns 0; 1 if the segment may lie anywhere; `-EADDRNOTAVAIL` if no hole is large enough;
 /// else what `func` returns.
 ///
 /// # Safety
@@ -855,7 +870,7 @@ impl Visitor for CWalk<'_> {
         };
         for (bit, count) in leaf.runs() {
             for i in 0..count {
-                let key = first | bit.wrapping_add(i);
+                let key = first | bit.saturating_add(i);
                 // SAFETY: By the contract of `kho_radix_walk_tree()`.
                 self.stopped = unsafe { callback(key as usize, self.data) };
                 if self.stopped != 0 {

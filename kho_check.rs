@@ -66,8 +66,8 @@ pub(crate) enum Refusal {
     Reach(u64),
     /// The root FDT is not preserved itself.
     Fdt(u64),
-    /// A range could not be reserved; the kernel's error number.
-    Reserve(Frames, i32),
+    /// A range could not be reserved.
+    Reserve(Frames),
 }
 
 impl From<NoMemory> for Refusal {
@@ -86,7 +86,7 @@ impl Refusal {
             Self::Node(phys) => ("tree node outside usable memory, or met twice", phys),
             Self::Reach(phys) => ("tree node covers no existing memory", phys),
             Self::Fdt(phys) => ("the FDT is not preserved", phys),
-            Self::Reserve(frames, _) => ("memory that cannot be reserved", frames.phys()),
+            Self::Reserve(frames) => ("memory that cannot be reserved", frames.phys()),
         }
     }
 }
@@ -132,7 +132,7 @@ fn is_usable_by(machine: &dyn Machine, known: &mut Frames, frames: Frames) -> bo
 #[link_section = ".init.text"]
 fn reaches_ram(first: u64, last: u64, ram_end: u64) -> bool {
     Order::all()
-        .map_while(|order| Frames::between(0, ram_end >> order.get() << order.get()).keys(order))
+        .map_while(|order| Frames::between(0, ram_end & !order.mask()).keys(order))
         .any(|(lowest, highest)| first <= highest.get() && lowest.get() <= last)
 }
 
@@ -313,10 +313,12 @@ impl<M: NodeMem, S: NodeMem> Check<'_, M, S> {
     #[link_section = ".init.text"]
     #[inline(never)]
     fn first_claimed(&self, run: Run) -> Option<u64> {
-        run.keys()
-            .filter_map(Key::block)
-            .find(|block| is_claimed(self.tree, &self.stats, self.machine, *block))
-            .map(|block| block.pfn().get())
+        for block in run.keys().filter_map(Key::block) {
+            if is_claimed(self.tree, &self.stats, self.machine, block) {
+                return Some(block.pfn().get());
+            }
+        }
+        None
     }
 
     /// Checks a run of blocks of one order.
@@ -349,8 +351,10 @@ impl<M: NodeMem, S: NodeMem> Check<'_, M, S> {
     #[cold]
     #[link_section = ".init.text"]
     fn check_each(&mut self, run: Run) -> Result<(), NoMemory> {
-        run.keys()
-            .try_for_each(|first| self.check_run(Run { first, count: 1 }))
+        for first in run.keys() {
+            self.check_run(Run { first, count: 1 })?;
+        }
+        Ok(())
     }
 
     /// Checks a leaf of blocks that are no larger than a word of a set, 64 blocks at a time. Its
@@ -492,11 +496,16 @@ pub(crate) fn is_claimed<M: NodeMem>(
     machine: &dyn Machine,
     block: Block,
 ) -> bool {
-    let larger = stats.orders().filter(|(order, _)| *order > block.order());
-    larger
-        .map(|(order, _)| block.enclosing(order))
-        .any(|larger| {
-            tree.contains(Key::of(larger))
-                && (stats.lost == 0 || is_usable(machine, Frames::of_block(larger)))
-        })
+    for (order, _) in stats.orders() {
+        if order <= block.order() {
+            continue;
+        }
+        let larger = block.enclosing(order);
+        if tree.contains(Key::of(larger))
+            && (stats.lost == 0 || is_usable(machine, Frames::of_block(larger)))
+        {
+            return true;
+        }
+    }
+    false
 }

@@ -352,9 +352,9 @@ static DEFINE_MUTEX(kho_prune_mutex);
 static DEFINE_PER_CPU(struct kho_glue_hints, kho_hints);
 
 /*
- * Disables preemption; returns the CPU's hints.  Whoever comes here may have to
- * wait for a prune or to allocate nodes, and must not be an interrupt that found
- * this CPU with the hints in its hands.
+ * Disables preemption; returns the CPU's hints.  A caller may have to wait for a
+ * prune or to allocate nodes.  It must not be an interrupt, which may have come
+ * while the hints of this CPU were being changed.
  */
 struct kho_glue_hints *kho_glue_enter(void)
 {

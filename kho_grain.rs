@@ -2,8 +2,8 @@
 
 //! Sets of frames, and the grains that hold any of them.
 //!
-//! Takeover notes frames in trees of its own, whose keys are frame numbers: one bit for each frame,
-//! whatever blocks it belongs to. Such a set costs one page for as much memory as one leaf of
+//! Takeover notes frames in trees whose keys are frame numbers: one bit for each frame, whatever
+//! blocks it belongs to. Such a set costs one page for as much memory as one leaf of
 //! order 0 describes.
 //!
 //! memblock gets to know *grains* instead of single ranges: blocks of the page allocator's largest
@@ -15,7 +15,7 @@
 //!  set of grains     0, 2
 //! ```
 //!
-//! The trees belong to whoever uses this file; nothing here is shared or locked.
+//! The trees belong to the callers; nothing here is shared or locked.
 
 use super::kho_key::{
     Block,
@@ -168,7 +168,7 @@ pub(crate) fn has_frames<M: NodeMem>(set: &Tree<M>, frames: Frames) -> bool {
     true
 }
 
-/// Makes the leaves that have room for the keys of `run`, so that adding any of them needs no
+/// Makes the leaves for the keys of `run`, so that adding any of them needs no
 /// memory later.
 ///
 /// # Errors
@@ -256,7 +256,7 @@ fn add_numbers<M: NodeMem>(set: &Tree<M>, numbers: Range<u64>) -> Result<(), NoM
 /// of no use on small ones.
 pub(crate) const EXTENSION: u64 = 1 << 30;
 
-/// Returns how many runs of grains memblock is told of at most, on a machine with `ram` frames.
+/// Returns how many runs of grains memblock gets at most, on a machine with `ram` frames.
 ///
 /// One for each 16 MiB, and at least 256: with fewer, [`coarsen`] would withhold more memory than
 /// it need, on machines whose users scatter thousands of pages (LUO's lists of folios alone are
@@ -269,18 +269,59 @@ pub(crate) fn region_limit(ram: u64) -> usize {
     limit.max(per(EXTENSION).saturating_add(1)) as usize
 }
 
-/// Returns the gaps between the runs of `grains`, of which none is above `last`: each as the first
-/// number in it, and that behind it.
-#[link_section = ".init.text"]
-fn gaps_between<M: NodeMem>(grains: &Tree<M>, last: Key) -> impl Iterator<Item = Range<u64>> + '_ {
-    let mut end: Option<u64> = None;
-    grains
-        .runs_between((Key::MIN, last))
-        .filter_map(move |run| {
+/// The gaps between the runs of a set of grains: each as the first number in it, and that behind
+/// it.
+struct GapsBetween<'a, M> {
+    runs: Runs<'a, M>,
+    /// Where the last run ended.
+    end: Option<u64>,
+}
+
+impl<'a, M: NodeMem> GapsBetween<'a, M> {
+    #[link_section = ".init.text"]
+    fn new(grains: &'a Tree<M>, last: Key) -> Self {
+        Self {
+            runs: grains.runs_between((Key::MIN, last)),
+            end: None,
+        }
+    }
+}
+
+impl<M: NodeMem> Iterator for GapsBetween<'_, M> {
+    type Item = Range<u64>;
+
+    #[link_section = ".init.text"]
+    fn next(&mut self) -> Option<Range<u64>> {
+        loop {
+            let run = self.runs.next()?;
             let first = run.first.get();
-            let before = end.replace(first.saturating_add(run.count));
-            before.map(|end| end..first)
-        })
+            if let Some(end) = self.end.replace(first.saturating_add(run.count)) {
+                return Some(end..first);
+            }
+        }
+    }
+}
+
+#[inline]
+fn length(gap: &Range<u64>) -> u64 {
+    gap.end.saturating_sub(gap.start)
+}
+
+/// Returns whether there are no more than `limit` runs of `grains` if all gaps are closed that are
+/// shorter than `least`.
+#[link_section = ".init.text"]
+fn is_enough<M: NodeMem>(grains: &Tree<M>, last: Key, least: u64, limit: usize) -> bool {
+    // There is a first run, and one more behind each gap that stays open.
+    let mut left = limit.saturating_sub(1);
+    for gap in GapsBetween::new(grains, last) {
+        if length(&gap) >= least {
+            if left == 0 {
+                return false;
+            }
+            left -= 1;
+        }
+    }
+    true
 }
 
 /// Closes the shortest gaps between runs of `grains`, of which none is above `last`, until there
@@ -299,16 +340,10 @@ pub(crate) fn coarsen<M: NodeMem>(
     grain: Order,
     limit: usize,
 ) -> Result<(), NoMemory> {
-    let length = |gap: &Range<u64>| gap.end.saturating_sub(gap.start);
-    // A first run, and one more behind each gap that stays open.
-    let is_enough = |least: u64| {
-        let open = gaps_between(grains, last).filter(|gap| length(gap) >= least);
-        open.count() < limit
-    };
     let longest = (EXTENSION >> PAGE_SHIFT).wrapping_shr(grain.get());
     // Closing gaps shorter than `short` leaves too many runs; shorter than `least`, it need not.
     let (mut short, mut least) = (0u64, 1u64);
-    while least < longest && !is_enough(least) {
+    while least < longest && !is_enough(grains, last, least, limit) {
         short = least;
         least = least.saturating_mul(2).min(longest);
     }
@@ -317,12 +352,12 @@ pub(crate) fn coarsen<M: NodeMem>(
     }
     while least.saturating_sub(short) > 1 {
         let middle = short.midpoint(least);
-        match is_enough(middle) {
+        match is_enough(grains, last, middle, limit) {
             true => least = middle,
             false => short = middle,
         }
     }
-    for gap in gaps_between(grains, last) {
+    for gap in GapsBetween::new(grains, last) {
         if length(&gap) < least {
             // Behind what is still to be looked at.
             add_numbers(grains, gap)?;

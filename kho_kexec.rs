@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What `kexec_file_load()` needs of KHO, and the note that each kernel leaves for the next one.
+//! The outgoing side: the tree and the FDT are set up once, and each image gets to know them.
+//!
+//! Also the note that each kernel leaves for the next one, and the places for segments of an image.
+//! `kexec_file_load()` holds kexec's lock meanwhile.
 
 use super::kho_libfdt::RootFdt;
 use super::kho_mm;
@@ -31,8 +34,8 @@ type FindHole = unsafe extern "C" fn(*mut bindings::resource, *mut c_void) -> c_
 /// Alignment of the scratch table in the image; a power of two that makes it easy to map.
 const TABLE_ALIGN: usize = bindings::SZ_64K as usize;
 
-/// Adds to an image what the next kernel is told about the handover: where the root FDT is, and
-/// a copy of the table of scratch areas.
+/// Adds to an image what the next kernel has to know: where the root FDT is, and a copy of the table
+/// of scratch areas.
 ///
 /// # Safety
 ///
@@ -62,7 +65,7 @@ pub(crate) unsafe fn fill_image(image: *mut bindings::kimage) -> Result {
     to_result(error)?;
     // SAFETY: By the caller's contract; the segment is the one that was just added.
     unsafe {
-        let last = (*image).nr_segments.wrapping_sub(1);
+        let last = (*image).nr_segments.saturating_sub(1);
         (*image).kho.fdt = fdt;
         (*image).kho.scratch = (&raw mut (*image).segment)
             .cast::<bindings::kexec_segment>()
@@ -76,7 +79,7 @@ pub(crate) unsafe fn fill_image(image: *mut bindings::kimage) -> Result {
 ///
 /// # Errors
 ///
-/// `EADDRNOTAVAIL` if no area has room.
+/// `EADDRNOTAVAIL` if no area has a hole that is large enough.
 ///
 /// # Safety
 ///
@@ -101,7 +104,7 @@ pub(crate) unsafe fn locate_hole(
         }
         let mut resource = bindings::resource {
             start: area.addr,
-            end: area.addr.wrapping_add(area.size).wrapping_sub(1),
+            end: area.addr.saturating_add(area.size).saturating_sub(1),
             ..Default::default()
         };
         // SAFETY: By the caller's contract.
@@ -112,7 +115,7 @@ pub(crate) unsafe fn locate_hole(
         }
     }
     // SAFETY: By the caller's contract.
-    unsafe { complain(&*buffer) };
+    unsafe { report_shortage(&*buffer) };
     Some(Err(EADDRNOTAVAIL))
 }
 
@@ -131,13 +134,13 @@ unsafe fn is_kernel(buffer: &bindings::kexec_buf) -> bool {
     cfg!(CONFIG_ARM64) && buffer.buffer == kernel
 }
 
-/// Says by how much scratch is too small for a segment, if the image is not loaded for it.
+/// Logs by how much scratch is too small for a segment, if the image is not loaded for it.
 ///
 /// # Safety
 ///
 /// `buffer` must be of an image that is being loaded.
 #[cold]
-unsafe fn complain(buffer: &bindings::kexec_buf) {
+unsafe fn report_shortage(buffer: &bindings::kexec_buf) {
     // SAFETY: By the caller's contract.
     let image = unsafe { &*buffer.image };
     let placed = image.segment.iter().take(image.nr_segments);
@@ -297,7 +300,7 @@ fn init_fdt(root: NodeAddr) -> Result {
     kho_state::open_debugfs()?;
     let count = read_metadata();
     // Only a number and a name get lost.
-    if let Err(error) = write_metadata(count.wrapping_add(1)) {
+    if let Err(error) = write_metadata(count.saturating_add(1)) {
         pr_warn!("failed to initialize kexec-metadata subtree: {error:?}\n");
     }
     kho_state::show_incoming();

@@ -238,7 +238,7 @@ impl RootFdt {
                     self.0,
                     node,
                     name.as_ptr(),
-                    name.len().wrapping_sub(1) as c_int,
+                    name.len().saturating_sub(1) as c_int,
                     value.as_ptr().cast(),
                     value.len() as c_int,
                 )

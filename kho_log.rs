@@ -14,8 +14,7 @@ use kernel::{
     prelude::*, //
 };
 
-/// What may be wrong with something that a caller or another kernel says. That is not a bug of this
-/// kernel, which goes on.
+/// What a caller or another kernel may have got wrong. That is no bug of this kernel, which goes on.
 #[derive(Clone, Copy)]
 #[repr(usize)]
 pub(crate) enum Complaint {
@@ -56,27 +55,27 @@ impl Complaint {
 
     /// Returns whether there has been none of this kind for a while.
     pub(crate) fn is_quiet(self) -> bool {
-        self.heard().count.load(Ordering::Relaxed) == 0
+        self.tally().count.load(Ordering::Relaxed) == 0
     }
 
-    fn heard(self) -> &'static Heard {
-        static HEARD: [Heard; Complaint::ALL.len()] =
-            [const { Heard::new() }; Complaint::ALL.len()];
+    fn tally(self) -> &'static Tally {
+        static TALLIES: [Tally; Complaint::ALL.len()] =
+            [const { Tally::new() }; Complaint::ALL.len()];
         // There is one for each kind; the first is as good as a panic.
-        HEARD.get(self as usize).unwrap_or(&HEARD[0])
+        TALLIES.get(self as usize).unwrap_or(&TALLIES[0])
     }
 }
 
-/// How often something was complained of.
-struct Heard {
-    /// 0 if all is quiet; else one for the complaint that has been printed in full, or for those
-    /// that have been summed up, and one for each since.
+/// How often there was a complaint of one kind.
+struct Tally {
+    /// 0 if there was none for a while; else one for the complaint that was printed in full, or for
+    /// those that were summed up, and one for each since.
     count: AtomicU64,
     /// What the last one was about.
     last: AtomicU64,
 }
 
-impl Heard {
+impl Tally {
     const fn new() -> Self {
         Self {
             count: AtomicU64::new(0),
@@ -85,43 +84,43 @@ impl Heard {
     }
 }
 
-/// Tells the log what is wrong, and the number it is about. After the first one of a kind, others
-/// are only counted, and [`sum_up`] tells how many, until there was none for a second.
+/// Logs what is wrong, and the number that it is about. After the first complaint of a kind, others
+/// are only counted, and [`sum_up`] logs how many, until there was none for a second.
 #[cold]
 #[inline(never)]
 pub(crate) fn complain(what: Complaint, number: u64) {
-    let heard = what.heard();
-    heard.last.store(number, Ordering::Relaxed);
-    if heard.count.fetch_add(1, Ordering::Relaxed) == 0 {
+    let tally = what.tally();
+    tally.last.store(number, Ordering::Relaxed);
+    if tally.count.fetch_add(1, Ordering::Relaxed) == 0 {
         pr_warn!("{} ({number:#x})\n", what.text());
         schedule_summary();
     }
 }
 
-/// Has complaints summed up in a second; not before there are work queues, see `kho_rs_init()`.
+/// Has complaints summed up in a second; does nothing before there are work queues, see
+/// `kho_rs_init()`.
 pub(crate) fn schedule_summary() {
     // SAFETY: The work is a static one.
     unsafe { bindings::kho_glue_schedule_summary() };
 }
 
-/// Sums up what was complained of since the last time. Runs from a work queue, so never twice at
-/// once.
+/// Sums up the complaints since the last time. Runs from a work queue, and so never twice at once.
 pub(crate) fn sum_up() {
     let mut again = false;
     for what in Complaint::ALL {
-        let heard = what.heard();
+        let tally = what.tally();
         if what.is_quiet() {
             continue;
         }
         // Only this function makes it 0.
-        let more = heard.count.swap(1, Ordering::Relaxed).wrapping_sub(1);
+        let more = tally.count.swap(1, Ordering::Relaxed).saturating_sub(1);
         if more > 0 {
-            let last = heard.last.load(Ordering::Relaxed);
+            let last = tally.last.load(Ordering::Relaxed);
             pr_warn!("{}: {more} more, the last at {last:#x}\n", what.text());
             again = true;
         } else {
             let end = |count| {
-                heard
+                tally
                     .count
                     .compare_exchange(count, 0, Ordering::Relaxed, Ordering::Relaxed)
             };

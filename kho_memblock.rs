@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! The only door to memblock: where memory is, who has reserved it, and reserving it.
+//!
+//! All of it is methods of [`Memblock`], which exists while memblock does. Frames that a region
+//! has only a part of count as not there.
 
 use super::kho_check::{
     Machine,
@@ -9,301 +12,426 @@ use super::kho_check::{
 use super::kho_place;
 use super::kho_range::Frames;
 use super::PAGE_SHIFT;
+use core::ptr::NonNull;
 use kernel::{
     bindings,
+    error::to_result,
     prelude::*, //
 };
 
-/// The machine as memblock knows it.
-pub(crate) struct Memblock;
+/// No node in particular.
+pub(crate) const ANY_NODE: c_int = bindings::NUMA_NO_NODE;
 
-/// Returns the regions of a list of memblock's, sorted by address and disjoint.
+/// memblock, while it is there.
 ///
-/// # Safety
+/// # Invariants
 ///
-/// While there is memblock. The list must not be changed while the result is in use.
-#[link_section = ".init.text"]
-unsafe fn regions(list: *const bindings::memblock_type) -> &'static [bindings::memblock_region] {
-    // SAFETY: By the caller's contract.
-    unsafe { core::slice::from_raw_parts((*list).regions, (*list).cnt) }
+/// The kernel boots, on one CPU but for `page_alloc_init_late()`, which discards memblock's lists
+/// after this crate has used them for the last time.
+#[derive(Clone, Copy)]
+pub(crate) struct Memblock(());
+
+/// Returns the end of a region, as an address.
+#[inline]
+fn end_of(region: &bindings::memblock_region) -> u64 {
+    region.base.saturating_add(region.size)
 }
 
-/// Returns the regions of memory.
-#[link_section = ".init.text"]
-fn memory() -> &'static [bindings::memblock_region] {
-    // SAFETY: Early boot; no caller changes them while it has the slice.
-    unsafe { regions(&raw const bindings::memblock.memory) }
+/// Returns whether a region is memory in the direct map. What is not can neither be preserved nor
+/// hold a node.
+#[inline]
+fn is_mapped(region: &bindings::memblock_region) -> bool {
+    region.flags & bindings::memblock_flags_MEMBLOCK_NOMAP == 0
 }
 
-/// Returns the regions that end after `at`.
+/// Returns the regions that end after address `at`.
 #[link_section = ".init.text"]
 fn after(
     regions: &'static [bindings::memblock_region],
     at: u64,
 ) -> &'static [bindings::memblock_region] {
-    let mut below = 0usize;
-    let mut above = regions.len();
-    while below < above {
-        let middle = below.wrapping_add(above) / 2;
+    let (mut first, mut above) = (0, regions.len());
+    while first < above {
+        let middle = first.midpoint(above);
         match regions.get(middle) {
-            Some(region) if region.base.saturating_add(region.size) <= at => {
-                below = middle.wrapping_add(1);
-            }
+            Some(region) if end_of(region) <= at => first = middle.saturating_add(1),
             _ => above = middle,
         }
     }
-    regions.get(below..).unwrap_or(&[])
-}
-
-/// Returns whether a region is memory in the direct map. What is not cannot be preserved, nor hold
-/// a node.
-#[link_section = ".init.text"]
-fn is_mapped(region: &bindings::memblock_region) -> bool {
-    region.flags & bindings::memblock_flags_MEMBLOCK_NOMAP == 0
-}
-
-/// Returns whether all of `frames` is memory, in however many regions.
-#[link_section = ".init.text"]
-pub(crate) fn is_memory(frames: Frames) -> bool {
-    let mut at = frames.phys();
-    let end = at.saturating_add(frames.bytes());
-    for region in after(memory(), at) {
-        if at >= end || region.base > at || !is_mapped(region) {
-            break;
-        }
-        at = region.base.saturating_add(region.size);
-    }
-    at >= end
-}
-
-/// Returns how many frames of memory there are.
-#[link_section = ".init.text"]
-pub(crate) fn total_frames() -> u64 {
-    let mut count = 0u64;
-    for frames in memory_frames() {
-        count = count.saturating_add(frames.count());
-    }
-    count
-}
-
-/// Returns the first frames of `frames` that are in one region of memory, or all in none.
-#[link_section = ".init.text"]
-pub(crate) fn in_one_region(frames: Frames) -> Frames {
-    let at = frames.phys();
-    let border = match after(memory(), at).first() {
-        Some(region) if region.base > at => region.base,
-        Some(region) => region.base.saturating_add(region.size),
-        None => u64::MAX,
-    };
-    // A page that two regions share is of neither.
-    frames.head((border >> PAGE_SHIFT).saturating_sub(frames.start()).max(1))
-}
-
-/// Returns the regions of memory as frames, ascending.
-#[link_section = ".init.text"]
-pub(crate) fn memory_frames() -> MemoryFrames {
-    MemoryFrames { rest: memory() }
-}
-
-/// See [`memory_frames`].
-pub(crate) struct MemoryFrames {
-    rest: &'static [bindings::memblock_region],
-}
-
-impl Iterator for MemoryFrames {
-    type Item = Frames;
-
-    #[link_section = ".init.text"]
-    fn next(&mut self) -> Option<Frames> {
-        let (first, rest) = self.rest.split_first()?;
-        self.rest = rest;
-        Some(inside(first.base, first.base.saturating_add(first.size)))
-    }
+    regions.get(first..).unwrap_or(&[])
 }
 
 /// Returns the frames that lie wholly in a range of addresses.
-#[link_section = ".init.text"]
+#[inline]
 fn inside(start: u64, end: u64) -> Frames {
-    let page = (1u64 << PAGE_SHIFT).wrapping_sub(1);
-    let start = start.saturating_add(page) & !page;
-    let size = (end & !page).saturating_sub(start);
-    Frames::exact(start, size).unwrap_or(Frames::EMPTY)
+    let page = 1 << PAGE_SHIFT;
+    let start = start.checked_next_multiple_of(page).unwrap_or(u64::MAX);
+    Frames::between(start >> PAGE_SHIFT, end >> PAGE_SHIFT)
+}
+
+impl Memblock {
+    /// Returns memblock.
+    ///
+    /// # Safety
+    ///
+    /// The result must not be used after the call of `kho_memory_init_late()`, nor by several CPUs
+    /// at once.
+    #[link_section = ".init.text"]
+    pub(crate) unsafe fn get() -> Self {
+        // INVARIANT: By the caller's contract.
+        Self(())
+    }
+
+    /// Returns the regions of a list, sorted by address and disjoint.
+    ///
+    /// # Safety
+    ///
+    /// `list` must be one of memblock's, and not be changed while the result is in use.
+    #[link_section = ".init.text"]
+    unsafe fn regions(
+        self,
+        list: *const bindings::memblock_type,
+    ) -> &'static [bindings::memblock_region] {
+        // SAFETY: By the type invariant the lists exist; an array has `cnt` regions.
+        unsafe { core::slice::from_raw_parts((*list).regions, (*list).cnt) }
+    }
+
+    #[link_section = ".init.text"]
+    fn memory_regions(self) -> &'static [bindings::memblock_region] {
+        // SAFETY: The list is memblock's, and no caller adds memory while it has the slice.
+        unsafe { self.regions(&raw const bindings::memblock.memory) }
+    }
+
+    #[link_section = ".init.text"]
+    fn reserved_regions(self) -> &'static [bindings::memblock_region] {
+        // SAFETY: The list is memblock's, and no caller reserves anything while it has the slice.
+        unsafe { self.regions(&raw const bindings::memblock.reserved) }
+    }
+
+    /// Returns the regions of memory, ascending.
+    #[link_section = ".init.text"]
+    pub(crate) fn memory(self) -> impl Iterator<Item = Frames> {
+        let regions = self.memory_regions().iter();
+        regions.map(|region| inside(region.base, end_of(region)))
+    }
+
+    /// Returns how many frames of memory there are.
+    #[link_section = ".init.text"]
+    pub(crate) fn total_frames(self) -> u64 {
+        self.memory()
+            .fold(0, |total, frames| frames.count().saturating_add(total))
+    }
+
+    /// Returns whether all of `frames` is memory in the direct map, in however many regions.
+    #[link_section = ".init.text"]
+    pub(crate) fn is_memory(self, frames: Frames) -> bool {
+        let mut at = frames.phys();
+        let end = at.saturating_add(frames.bytes());
+        for region in after(self.memory_regions(), at) {
+            if at >= end || region.base > at || !is_mapped(region) {
+                break;
+            }
+            at = end_of(region);
+        }
+        at >= end
+    }
+
+    /// Returns the first frames of `frames` that are in one region of memory, or all in none.
+    #[link_section = ".init.text"]
+    pub(crate) fn in_one_region(self, frames: Frames) -> Frames {
+        let at = frames.phys();
+        let border = match after(self.memory_regions(), at).first() {
+            Some(region) if region.base > at => region.base,
+            Some(region) => end_of(region),
+            None => u64::MAX,
+        };
+        // A page that two regions share is of neither.
+        frames.until((border >> PAGE_SHIFT).max(frames.start().saturating_add(1)))
+    }
+
+    /// Returns the first usable frames from `pfn` on, as many as follow each other in one region of
+    /// memory.
+    #[link_section = ".init.text"]
+    fn first_usable(self, pfn: u64) -> Option<Frames> {
+        let from = pfn.checked_mul(1 << PAGE_SHIFT)?;
+        for region in after(self.memory_regions(), from) {
+            let (mut start, mut end) = (region.base.max(from), end_of(region));
+            if !is_mapped(region) {
+                continue;
+            }
+            while let Some(area) = kho_place::next_scratch(start) {
+                if area.addr > start {
+                    end = end.min(area.addr);
+                    break;
+                }
+                start = area.addr.saturating_add(area.size);
+            }
+            let usable = inside(start, end);
+            if !usable.is_empty() {
+                return Some(usable);
+            }
+        }
+        None
+    }
+
+    /// Returns whether any of `frames` is reserved.
+    #[link_section = ".init.text"]
+    pub(crate) fn is_reserved(self, frames: Frames) -> bool {
+        let end = frames.phys().saturating_add(frames.bytes());
+        let first = after(self.reserved_regions(), frames.phys()).first();
+        first.is_some_and(|region| region.base < end)
+    }
+
+    /// Returns the first frames of `frames` that nobody has reserved.
+    #[link_section = ".init.text"]
+    fn unreserved(self, frames: Frames) -> Frames {
+        let mut at = frames.phys();
+        let end = at.saturating_add(frames.bytes());
+        for region in after(self.reserved_regions(), at) {
+            let free = inside(at, region.base.min(end));
+            if !free.is_empty() {
+                return free;
+            }
+            at = end_of(region);
+            if at >= end {
+                return Frames::EMPTY;
+            }
+        }
+        inside(at, end)
+    }
+
+    /// Returns the first frames of `frames` that are usable and that nobody has reserved: as many
+    /// as follow each other on one node.
+    #[link_section = ".init.text"]
+    pub(crate) fn first_free(self, frames: Frames) -> Option<Frames> {
+        let mut rest = frames;
+        while let Some(usable) = self.first_usable(rest.start()).map(|it| it.both(frames)) {
+            if usable.is_empty() {
+                break;
+            }
+            let free = self.unreserved(usable);
+            if !free.is_empty() {
+                return Some(free);
+            }
+            rest = rest.from(usable.end());
+        }
+        None
+    }
+
+    /// Returns how many of `frames` are usable and not reserved.
+    #[link_section = ".init.text"]
+    pub(crate) fn free_frames(self, frames: Frames) -> u64 {
+        let mut count = 0u64;
+        let mut rest = frames;
+        while let Some(free) = self.first_free(rest) {
+            count = count.saturating_add(free.count());
+            rest = rest.from(free.end());
+        }
+        count
+    }
+
+    /// Keeps `frames`, which nobody has reserved, from the page allocator, and from initialisation
+    /// of their struct pages.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::Reserve`] if memblock's list cannot grow.
+    #[link_section = ".init.text"]
+    pub(crate) fn reserve(self, frames: Frames) -> Result<(), Refusal> {
+        if frames.is_empty() {
+            return Ok(());
+        }
+        // memblock takes a flag together with a range only if no part of it has been reserved
+        // without.
+        self.reserve_with(frames, bindings::memblock_flags_MEMBLOCK_RSRV_NOINIT)
+    }
+
+    #[link_section = ".init.text"]
+    fn reserve_with(self, frames: Frames, flags: bindings::memblock_flags) -> Result<(), Refusal> {
+        let (phys, size) = (frames.phys(), frames.bytes());
+        // SAFETY: By the type invariant there is memblock, which takes any range.
+        let error = unsafe { bindings::__memblock_reserve(phys, size, ANY_NODE, flags) };
+        to_result(error).map_err(|_| Refusal::Reserve(frames))
+    }
+
+    /// Keeps `frames`, as far as they are reserved, from initialisation of their struct pages.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::Reserve`] if memblock's list cannot grow.
+    #[link_section = ".init.text"]
+    pub(crate) fn mark_noinit(self, frames: Frames) -> Result<(), Refusal> {
+        let (phys, size) = (frames.phys(), frames.bytes());
+        // SAFETY: By the type invariant there is memblock, which takes any range.
+        let error = unsafe { bindings::memblock_reserved_mark_noinit(phys, size) };
+        to_result(error).map_err(|_| Refusal::Reserve(frames))
+    }
+
+    /// Undoes [`Memblock::reserve`].
+    #[link_section = ".init.text"]
+    pub(crate) fn unreserve(self, frames: Frames) {
+        self.free(frames.phys(), frames.bytes());
+    }
+
+    /// Reserves what of `frames` nobody has reserved, as far as they are in the scratch area that
+    /// the first one is in. Returns the frames that were looked at, and how many were reserved.
+    #[link_section = ".init.text"]
+    pub(crate) fn keep_scratch(self, frames: Frames) -> (Frames, u64) {
+        let next = frames.start().saturating_add(1);
+        let part = match kho_place::next_scratch(frames.phys()) {
+            Some(area) if area.addr <= frames.phys() => {
+                frames.until((area.addr.saturating_add(area.size) >> PAGE_SHIFT).max(next))
+            }
+            _ => frames.until(next),
+        };
+        let mut kept = 0u64;
+        let mut rest = part;
+        loop {
+            let free = self.unreserved(rest);
+            if free.is_empty() || self.reserve_with(free, 0).is_err() {
+                return (part, kept);
+            }
+            kept = kept.saturating_add(free.count());
+            rest = rest.from(free.end());
+        }
+    }
+
+    /// Has allocations come from scratch only.
+    #[link_section = ".init.text"]
+    pub(crate) fn use_scratch_only(self) {
+        // SAFETY: By the type invariant there is memblock.
+        unsafe { bindings::memblock_set_kho_scratch_only() };
+    }
+
+    /// Has allocations come from all memory again.
+    #[link_section = ".init.text"]
+    pub(crate) fn use_all_memory(self) {
+        // SAFETY: By the type invariant there is memblock.
+        unsafe { bindings::memblock_clear_kho_scratch_only() };
+    }
+
+    /// Adds a scratch area of another kernel to what memblock knows of memory.
+    ///
+    /// # Errors
+    ///
+    /// Those of memblock.
+    #[link_section = ".init.text"]
+    pub(crate) fn add_scratch(self, area: &bindings::kho_scratch) -> Result {
+        // SAFETY: By the type invariant there is memblock, which takes any range.
+        to_result(unsafe { bindings::memblock_add(area.addr, area.size) })?;
+        self.mark_scratch(area.addr, area.addr.saturating_add(area.size))
+    }
+
+    /// Has allocations that come from scratch only also come from `start` to `end`.
+    ///
+    /// # Errors
+    ///
+    /// Those of memblock.
+    #[link_section = ".init.text"]
+    pub(crate) fn mark_scratch(self, start: u64, end: u64) -> Result {
+        let size = end.saturating_sub(start);
+        if size == 0 {
+            return Ok(());
+        }
+        // SAFETY: By the type invariant there is memblock, which takes any range.
+        to_result(unsafe { bindings::memblock_mark_kho_scratch(start, size) })
+    }
+
+    /// Makes scratch areas memory like any other.
+    #[link_section = ".init.text"]
+    pub(crate) fn clear_scratch(self, areas: &[bindings::kho_scratch]) {
+        for area in areas {
+            // SAFETY: By the type invariant there is memblock, which takes any range.
+            unsafe { bindings::memblock_clear_kho_scratch(area.addr, area.size) };
+        }
+    }
+
+    /// Reserves `size` bytes at `phys`, for as long as the kernel runs.
+    ///
+    /// # Errors
+    ///
+    /// Those of memblock.
+    #[link_section = ".init.text"]
+    pub(crate) fn reserve_bytes(self, phys: u64, size: u64) -> Result {
+        // SAFETY: By the type invariant there is memblock, which takes any range.
+        to_result(unsafe { bindings::__memblock_reserve(phys, size, ANY_NODE, 0) })
+    }
+
+    /// Allocates `size` bytes that start at a multiple of `align`, which is a power of two, below
+    /// `limit`, 0 being none. `nid` is a wish, unless it is `exact`.
+    #[link_section = ".init.text"]
+    pub(crate) fn alloc(
+        self,
+        size: u64,
+        align: u64,
+        limit: u64,
+        nid: c_int,
+        exact: bool,
+    ) -> Option<u64> {
+        // SAFETY: By the type invariant there is memblock, and it hands out what nobody has.
+        let phys = unsafe { bindings::memblock_alloc_range_nid(size, align, 0, limit, nid, exact) };
+        (phys != 0).then_some(phys)
+    }
+
+    /// Allocates `size` bytes of zeroes, mapped, at the start of a page.
+    #[link_section = ".init.text"]
+    pub(crate) fn alloc_zeroed(self, size: u64) -> Option<NonNull<c_void>> {
+        let align = bindings::PAGE_SIZE as u64;
+        // SAFETY: As for `alloc()`.
+        NonNull::new(unsafe { bindings::memblock_alloc_try_nid(size, align, 0, 0, ANY_NODE) })
+    }
+
+    /// Allocates `size` bytes, mapped, at the start of a page. kmemleak does not see them, as it is
+    /// not told when a part of them is freed.
+    #[link_section = ".init.text"]
+    pub(crate) fn alloc_untracked(self, size: u64) -> Option<NonNull<c_void>> {
+        let align = bindings::PAGE_SIZE as u64;
+        let limit = u64::from(bindings::MEMBLOCK_ALLOC_NOLEAKTRACE);
+        // SAFETY: As for `alloc()`.
+        NonNull::new(unsafe {
+            bindings::memblock_alloc_try_nid_raw(size, align, 0, limit, ANY_NODE)
+        })
+    }
+
+    /// Gives up `size` bytes at `phys` that were reserved or allocated.
+    #[link_section = ".init.text"]
+    pub(crate) fn free(self, phys: u64, size: u64) {
+        // SAFETY: By the type invariant there is memblock, which takes any range.
+        unsafe { bindings::memblock_phys_free(phys, size) };
+    }
+
+    /// Returns how many bytes below `limit` on node `nid` were allocated while booting. Huge pages
+    /// do not count: they never come from scratch.
+    #[link_section = ".init.text"]
+    pub(crate) fn used_below(self, limit: u64, nid: c_int) -> u64 {
+        // SAFETY: By the type invariant there is memblock.
+        unsafe {
+            bindings::memblock_reserved_kern_size(limit, nid)
+                .saturating_sub(bindings::memblock_reserved_hugetlb_size(limit, nid))
+        }
+    }
 }
 
 impl Machine for Memblock {
     #[link_section = ".init.text"]
     fn ram_end(&self) -> u64 {
-        // SAFETY: Early boot.
+        // SAFETY: By the type invariant there is memblock.
         unsafe { bindings::memblock_end_of_DRAM() >> PAGE_SHIFT }
     }
 
     #[link_section = ".init.text"]
-    fn room(&self, pfn: u64) -> Option<Frames> {
-        first_room(pfn).filter(|room| room.start() == pfn)
+    fn usable(&self, pfn: u64) -> Option<Frames> {
+        self.first_usable(pfn)
+            .filter(|usable| usable.start() == pfn)
     }
 
     #[link_section = ".init.text"]
     fn ram(&self, pfn: u64) -> Option<Frames> {
         let from = pfn.checked_mul(1 << PAGE_SHIFT)?;
-        for region in after(memory(), from) {
-            let end = region.base.saturating_add(region.size);
-            let ram = inside(region.base.max(from), end);
-            if is_mapped(region) && ram.count() > 0 {
-                return Some(ram);
-            }
-        }
-        None
+        let regions = after(self.memory_regions(), from).iter();
+        regions
+            .filter(|region| is_mapped(region))
+            .map(|region| inside(region.base.max(from), end_of(region)))
+            .find(|ram| !ram.is_empty())
     }
-}
-
-/// Returns the first frames from `pfn` on that are RAM outside scratch, as many as follow each
-/// other in one region of memory.
-#[link_section = ".init.text"]
-fn first_room(pfn: u64) -> Option<Frames> {
-    let from = pfn.checked_mul(1 << PAGE_SHIFT)?;
-    for region in after(memory(), from) {
-        let (mut start, mut end) = (
-            region.base.max(from),
-            region.base.saturating_add(region.size),
-        );
-        if !is_mapped(region) {
-            continue;
-        }
-        while let Some(area) = kho_place::next_scratch(start) {
-            if area.addr > start {
-                end = end.min(area.addr);
-                break;
-            }
-            start = area.addr.saturating_add(area.size);
-        }
-        let room = inside(start, end);
-        if room.count() > 0 {
-            return Some(room);
-        }
-    }
-    None
-}
-
-/// Returns whether any of `frames` is reserved.
-#[link_section = ".init.text"]
-pub(crate) fn is_reserved(frames: Frames) -> bool {
-    // SAFETY: Early boot; nothing is reserved here.
-    let reserved = unsafe { regions(&raw const bindings::memblock.reserved) };
-    let end = frames.phys().saturating_add(frames.bytes());
-    let first = after(reserved, frames.phys()).first();
-    first.is_some_and(|region| region.base < end)
-}
-
-/// Returns the first frames of `frames` that are RAM outside scratch and that nobody has reserved:
-/// as many as follow each other on one node.
-#[link_section = ".init.text"]
-pub(crate) fn first_free(frames: Frames) -> Option<Frames> {
-    let mut rest = frames;
-    while let Some(room) = first_room(rest.start()).map(|room| room.both(frames)) {
-        if room.count() == 0 {
-            break;
-        }
-        let free = unreserved(room);
-        if free.count() > 0 {
-            return Some(free);
-        }
-        rest = rest.tail(room.end().wrapping_sub(rest.start()));
-    }
-    None
-}
-
-/// Returns the first frames of `frames` that nobody has reserved.
-#[link_section = ".init.text"]
-fn unreserved(frames: Frames) -> Frames {
-    // SAFETY: Early boot; nothing is reserved here.
-    let reserved = unsafe { regions(&raw const bindings::memblock.reserved) };
-    let mut at = frames.phys();
-    let end = at.saturating_add(frames.bytes());
-    for region in after(reserved, at) {
-        let free = inside(at, region.base.min(end));
-        if free.count() > 0 {
-            return free;
-        }
-        at = region.base.saturating_add(region.size);
-        if at >= end {
-            return Frames::EMPTY;
-        }
-    }
-    inside(at, end)
-}
-
-/// Returns how many of `frames` outside scratch nobody has reserved.
-#[link_section = ".init.text"]
-pub(crate) fn free_frames(frames: Frames) -> u64 {
-    let mut count = 0u64;
-    let mut rest = frames;
-    while let Some(free) = first_free(rest) {
-        count = count.wrapping_add(free.count());
-        rest = rest.tail(free.end().wrapping_sub(rest.start()));
-    }
-    count
-}
-
-/// Reserves what of `frames` nobody has reserved, as far as they are in the scratch area that the
-/// first one is in. Returns the frames that were looked at, and how many were reserved.
-#[link_section = ".init.text"]
-pub(crate) fn keep_scratch(frames: Frames) -> (Frames, u64) {
-    let part = match kho_place::next_scratch(frames.phys()) {
-        Some(area) if area.addr <= frames.phys() => {
-            let end = area.addr.saturating_add(area.size) >> PAGE_SHIFT;
-            frames.head(end.saturating_sub(frames.start()).max(1))
-        }
-        _ => frames.head(1),
-    };
-    let mut kept = 0u64;
-    let mut rest = part;
-    loop {
-        let free = unreserved(rest);
-        if free.count() == 0 || reserve_with(free, 0).is_err() {
-            return (part, kept);
-        }
-        kept = kept.saturating_add(free.count());
-        rest = rest.tail(free.end().wrapping_sub(rest.start()));
-    }
-}
-
-/// Keeps `frames`, which nobody has reserved, from the page allocator and from whoever initialises
-/// struct pages.
-#[link_section = ".init.text"]
-pub(crate) fn reserve(frames: Frames) -> Result<(), Refusal> {
-    if frames.count() == 0 {
-        return Ok(());
-    }
-    // memblock takes a flag together with a range only if no part of it has been reserved without.
-    reserve_with(frames, bindings::memblock_flags_MEMBLOCK_RSRV_NOINIT)
-}
-
-#[link_section = ".init.text"]
-fn reserve_with(frames: Frames, flags: bindings::memblock_flags) -> Result<(), Refusal> {
-    // SAFETY: Early boot.
-    let error = unsafe {
-        let none = bindings::NUMA_NO_NODE;
-        bindings::__memblock_reserve(frames.phys(), frames.bytes(), none, flags)
-    };
-    match error {
-        0 => Ok(()),
-        error => Err(Refusal::Reserve(frames, error)),
-    }
-}
-
-/// Keeps `frames`, as far as they are reserved, from whoever initialises struct pages.
-#[link_section = ".init.text"]
-pub(crate) fn mark_noinit(frames: Frames) -> Result<(), Refusal> {
-    // SAFETY: Early boot.
-    match unsafe { bindings::memblock_reserved_mark_noinit(frames.phys(), frames.bytes()) } {
-        0 => Ok(()),
-        error => Err(Refusal::Reserve(frames, error)),
-    }
-}
-
-/// Undoes [`reserve`].
-#[link_section = ".init.text"]
-pub(crate) fn release(frames: Frames) {
-    // SAFETY: Early boot.
-    unsafe { bindings::memblock_phys_free(frames.phys(), frames.bytes()) };
 }

@@ -2,7 +2,8 @@
 
 //! Memory management as this crate sees it: the direct map, struct pages, marks and NUMA nodes.
 //!
-//! Safe functions around calls into mm/. They decide nothing about a handover.
+//! Safe functions around calls into mm/. They decide nothing about a handover. The marks are this
+//! file's: nobody else reads or writes `page->private` of memory that was taken over.
 
 use super::kho_key::{
     Block,
@@ -11,7 +12,10 @@ use super::kho_key::{
 };
 use super::kho_place;
 use super::kho_range::Frames;
-use super::PAGE_SHIFT;
+use super::{
+    GRAIN_ORDER,
+    PAGE_SHIFT, //
+};
 use core::{
     mem::size_of,
     ptr::NonNull,
@@ -36,9 +40,21 @@ pub(crate) fn init_direct_map() {
     DIRECT_MAP.store(offset, Ordering::Relaxed);
 }
 
+/// Returns what to add to a physical address to get its virtual one.
+#[inline(always)]
+pub(crate) fn direct_map() -> usize {
+    DIRECT_MAP.load(Ordering::Relaxed)
+}
+
+/// Returns the CPU's counter of cycles.
+pub(crate) fn cycles() -> u64 {
+    // SAFETY: May be called at any time.
+    unsafe { bindings::kho_glue_cycles() }
+}
+
 /// Returns the address at which memory at `phys` is mapped.
 pub(crate) fn virt<T>(phys: u64) -> *mut T {
-    // SAFETY: This is arithmetic; who uses the pointer says why there is memory.
+    // SAFETY: This is arithmetic; a caller that uses the pointer says why there is memory.
     unsafe { bindings::kho_glue_phys_to_virt(phys) }.cast()
 }
 
@@ -78,13 +94,13 @@ pub(crate) fn is_online_ram(frames: Frames) -> bool {
     ///
     /// `sum` must point to a number.
     unsafe extern "C" fn add(_pfn: usize, nr_pages: usize, sum: *mut c_void) -> c_int {
-        let sum = sum.cast::<u64>();
         // SAFETY: By the contract.
-        unsafe { *sum = (*sum).wrapping_add(nr_pages as u64) };
+        let sum = unsafe { &mut *sum.cast::<u64>() };
+        *sum = sum.saturating_add(nr_pages as u64);
         0
     }
     let mut sum = 0u64;
-    // SAFETY: Takes any range; `add` gets what it needs.
+    // SAFETY: The range need not be RAM; `add` gets the number that it needs.
     unsafe {
         bindings::walk_system_ram_range(
             frames.start() as usize,
@@ -95,21 +111,21 @@ pub(crate) fn is_online_ram(frames: Frames) -> bool {
     };
     // Memory is online in sections, which are larger than this.
     let mut rest = frames;
-    while rest.count() > 0 && Page::online(rest.start()).is_some() {
-        rest = rest.tail(rest.head_to(1 << bindings::KHO_MAX_PAGE_ORDER).count());
+    while !rest.is_empty() && Page::online(rest.start()).is_some() {
+        rest = rest.from(rest.head_to(1 << GRAIN_ORDER).end());
     }
-    sum == frames.count() && rest.count() == 0
+    sum == frames.count() && rest.is_empty()
 }
 
 /// Returns the frames of the `size` bytes at `mem`, if there are any and all of them are RAM in the
 /// direct map.
 pub(crate) fn direct_frames(mem: *mut c_void, size: usize) -> Option<Frames> {
-    // SAFETY: Takes any address.
+    // SAFETY: The function is there to check any address.
     if !unsafe { bindings::kho_glue_virt_addr_valid(mem) } {
         return None;
     }
     Frames::covering(phys(mem), size as u64)
-        .filter(|frames| frames.count() > 0 && is_online_ram(*frames))
+        .filter(|frames| !frames.is_empty() && is_online_ram(*frames))
 }
 
 /// Returns whether two frames are on the same NUMA node.
@@ -150,7 +166,7 @@ impl Page {
     /// Returns the struct page of a frame that is online.
     #[inline(always)]
     pub(crate) fn online(pfn: u64) -> Option<Self> {
-        // SAFETY: Takes any number.
+        // SAFETY: The function is there to check any number.
         let page = unsafe { bindings::kho_glue_pfn_to_online_page(pfn as usize) };
         // INVARIANT: It is online.
         NonNull::new(page).map(Self)
@@ -242,8 +258,8 @@ impl Page {
         self.private()
             .compare_exchange(private, 0, Ordering::AcqRel, Ordering::Relaxed)
             .ok()?;
-        // SAFETY: Only who took the mark off gets here, so that the block is nobody else's; all of
-        // it was preserved.
+        // SAFETY: Only the caller that took the mark off gets here, so that the block is nobody
+        // else's; all of it was preserved.
         Some(unsafe { bindings::kho_glue_init_folio(self.as_ptr(), order as u32) })
     }
 
@@ -305,19 +321,14 @@ fn there_at_boot(mem: *mut c_void, order: Order) -> Option<NonNull<c_void>> {
 #[cold]
 #[inline(never)]
 fn alloc_elsewhere(plugged: NonNull<c_void>, order: Order) -> Option<NonNull<c_void>> {
-    const NO_NODE: c_int = bindings::NUMA_NO_NODE;
-    let mut last = NO_NODE;
-    let nodes = core::iter::from_fn(|| {
-        // SAFETY: Takes any number from that of no node on.
-        last = unsafe { bindings::kho_glue_next_memory_node(last) };
-        (last != NO_NODE).then_some((last, 0))
-    });
+    const ANY_NODE: c_int = bindings::NUMA_NO_NODE;
+    let nodes = Nodes::all().map(|nid| (nid, 0));
     let zones = [
-        (NO_NODE, bindings::KHO_GFP_DMA32),
-        (NO_NODE, bindings::KHO_GFP_DMA),
+        (ANY_NODE, bindings::KHO_GFP_DMA32),
+        (ANY_NODE, bindings::KHO_GFP_DMA),
     ];
 
-    // What is no good is freed at the end, or it would be found again. It has room for a list.
+    // What was plugged in is freed at the end, or it would be found again. It holds the list.
     let mut rejected = plugged.cast::<Option<NonNull<c_void>>>();
     // SAFETY: The memory is ours, and a page at least.
     unsafe { rejected.write(None) };
@@ -335,12 +346,12 @@ fn alloc_elsewhere(plugged: NonNull<c_void>, order: Order) -> Option<NonNull<c_v
         }
         let next = rejected.cast();
         rejected = mem.cast();
-        // SAFETY: As above.
+        // SAFETY: The memory was just allocated, and is a page at least.
         unsafe { rejected.write(Some(next)) };
     }
     let mut next = Some(rejected.cast());
     while let Some(mem) = next {
-        // SAFETY: As above; nobody else has it.
+        // SAFETY: The list has what was allocated above, and nobody else has it.
         unsafe {
             next = mem.cast::<Option<NonNull<c_void>>>().read();
             free_folio(mem);
@@ -349,31 +360,25 @@ fn alloc_elsewhere(plugged: NonNull<c_void>, order: Order) -> Option<NonNull<c_v
     found
 }
 
-/// The nodes with memory.
+/// The NUMA nodes with memory.
 pub(crate) struct Nodes(c_int);
 
 impl Nodes {
-    #[link_section = ".init.text"]
     pub(crate) fn all() -> Self {
         Self(bindings::NUMA_NO_NODE)
     }
 
-    #[link_section = ".init.text"]
+    /// Returns how many there are.
     pub(crate) fn count() -> u64 {
-        let mut count = 0u64;
-        for _ in Self::all() {
-            count = count.wrapping_add(1);
-        }
-        count
+        Self::all().fold(0, |count, _| count.saturating_add(1))
     }
 }
 
 impl Iterator for Nodes {
     type Item = c_int;
 
-    #[link_section = ".init.text"]
     fn next(&mut self) -> Option<c_int> {
-        // SAFETY: May be called at any time.
+        // SAFETY: Any node may be asked for the next one, and so may the number that means none.
         self.0 = unsafe { bindings::kho_glue_next_memory_node(self.0) };
         (self.0 != bindings::NUMA_NO_NODE).then_some(self.0)
     }
@@ -382,7 +387,7 @@ impl Iterator for Nodes {
 /// Returns the first frame of a node whose struct page is not initialised yet, or [`u64::MAX`].
 #[link_section = ".init.text"]
 pub(crate) fn first_deferred(nid: c_int) -> u64 {
-    // SAFETY: Early boot.
+    // SAFETY: Any node may be asked for.
     unsafe { bindings::kho_glue_first_deferred(nid) as u64 }
 }
 
@@ -399,19 +404,18 @@ pub(crate) fn first_deferred_of_all() -> u64 {
 /// Returns the first frames of `frames`, which are on one node, that are in one zone.
 #[link_section = ".init.text"]
 pub(crate) fn in_one_zone(frames: Frames) -> Frames {
-    if frames.count() == 0 {
+    if frames.is_empty() {
         return frames;
     }
-    let (pfn, nid) = (frames.start(), nid_of(frames.start()));
-    // SAFETY: Early boot, and there are zones.
-    let border = unsafe { bindings::kho_glue_zone_border(pfn as usize, nid) as u64 };
-    // OVERFLOW: The border lies behind the frame.
-    frames.head(border.wrapping_sub(pfn))
+    let pfn = frames.start();
+    // SAFETY: The frame is one of that node.
+    frames.until(unsafe { bindings::kho_glue_zone_border(pfn as usize, nid_of(pfn)) } as u64)
 }
 
+/// Returns the node of a frame of RAM, while there is memblock.
 #[link_section = ".init.text"]
 pub(crate) fn nid_of(pfn: u64) -> c_int {
-    // SAFETY: While there is memblock.
+    // SAFETY: Any number may be asked for; memblock knows the answer.
     unsafe { bindings::kho_glue_early_pfn_to_nid(pfn as usize) }
 }
 
@@ -420,7 +424,7 @@ pub(crate) fn nid_of(pfn: u64) -> c_int {
 pub(crate) fn init_deferred(frames: Frames) {
     if frames.end() > first_deferred_of_all() {
         for pfn in frames.start()..frames.end() {
-            // SAFETY: Early boot, and it is RAM.
+            // SAFETY: By the caller, it is RAM that nobody uses yet.
             unsafe { bindings::init_deferred_page(pfn as usize, nid_of(pfn)) };
         }
     }
@@ -480,10 +484,4 @@ pub(crate) fn free_block(pfn: u64, order: Order) {
 pub(crate) fn add_memory(count: u64) {
     // SAFETY: May be called at any time.
     unsafe { bindings::kho_glue_add_totalram(count as usize) };
-}
-
-/// Returns what to add to a physical address to get its virtual one.
-#[inline(always)]
-pub(crate) fn direct_map() -> usize {
-    DIRECT_MAP.load(Ordering::Relaxed)
 }

@@ -1,7 +1,21 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Memory for tree nodes: pages of the direct map, and who may be in a tree when.
+//! Memory for tree nodes: pages of the direct map, the generations that nodes belong to, and
+//! pruning.
+//!
+//! A tree is read and changed under a [`TreeGuard`], by any number of CPUs. Only [`prune`] takes
+//! nodes away, and does so while no CPU has a guard:
+//!
+//! ```text
+//!  generation   even            odd                              even
+//!  enter()      guard           waits for the prune mutex        guard
+//!  prune()      +1, wait for an RCU grace period: all guards are gone, free nodes, +1
+//! ```
+//!
+//! Lock order: the prune mutex is taken with no other lock of this crate held, and none is taken
+//! under it.
 
+use super::kho_memblock::Memblock;
 use super::kho_mm;
 use super::kho_radix::{
     Guard,
@@ -24,12 +38,12 @@ use kernel::bindings;
 
 /// The generation of tree nodes, for [`Hints`]; odd while a tree is being pruned.
 ///
-/// Who is in a tree has preemption disabled and has seen an even number. That is a read-side
-/// section for RCU. So once a grace period has passed since the number became odd, whoever prunes
-/// is alone. Who comes meanwhile waits for the prune mutex.
+/// A CPU in a tree has preemption disabled and has seen an even number. That is a read-side section
+/// for RCU. So once a grace period has passed since the number became odd, the pruner is alone.
+/// Callers that come meanwhile wait for the prune mutex.
 static GENERATION: AtomicU64 = AtomicU64::new(0);
 
-/// Being in a tree: preemption is disabled until this is dropped.
+/// Permission to look at the nodes of trees: preemption is disabled until this is dropped.
 ///
 /// # Invariants
 ///
@@ -61,7 +75,7 @@ impl Drop for TreeGuard {
     }
 }
 
-// C has room for them, see `kho_glue_enter()`.
+// C reserves memory for them, see `kho_glue_enter()`.
 const _: () = {
     use core::mem::align_of;
     assert!(size_of::<Hints>() == size_of::<bindings::kho_glue_hints>());
@@ -89,7 +103,7 @@ impl Direct {
     /// # Safety
     ///
     /// Every address in the tree it is used with must be that of a page which holds a node for as
-    /// long as the tree is used: either this kernel made the tree, or `kho_check::chart()` is
+    /// long as the tree is used: either this kernel made the tree, or `kho_check::check_tree()` is
     /// about to look at it or has found it sound.
     #[inline(always)]
     pub(crate) unsafe fn new() -> Self {
@@ -105,9 +119,9 @@ impl NodeMem for Direct {
     #[inline(always)]
     fn enter(&self) -> TreeGuard {
         loop {
-            // SAFETY: May be called by anyone; left below, or when what is returned is dropped.
+            // SAFETY: Callers of `enter()` may sleep. Left below, or when the guard is dropped.
             let hints = unsafe { bindings::kho_glue_enter() };
-            // Who sees the end of a prune also sees what it took out of the tree.
+            // A CPU that sees the end of a prune also sees what it took out of the tree.
             let generation = GENERATION.load(Ordering::Acquire);
             if generation & 1 == 0 {
                 // INVARIANT: They are this CPU's hints, and the number is even.
@@ -124,7 +138,7 @@ impl NodeMem for Direct {
     }
 
     fn new_generation(&self) {
-        // Who comes to a tree that uses these nodes again does so after they were freed.
+        // A tree that uses these nodes again gets them after they were freed.
         GENERATION.fetch_add(2, Ordering::Relaxed);
     }
 
@@ -132,11 +146,10 @@ impl NodeMem for Direct {
     #[link_section = ".ref.text"]
     #[inline(never)]
     fn alloc(&self) -> Option<NodeAddr> {
-        // SAFETY: Early boot, if there is no slab.
-        unsafe {
-            if !bindings::slab_is_available() {
-                return alloc_early();
-            }
+        // SAFETY: May be called at any time.
+        if !unsafe { bindings::slab_is_available() } {
+            // SAFETY: Without a slab allocator the kernel boots, on one CPU.
+            return alloc_early(unsafe { Memblock::get() });
         }
         NodeAddr::new(kho_mm::alloc_page()?)
     }
@@ -144,13 +157,12 @@ impl NodeMem for Direct {
     #[link_section = ".ref.text"]
     #[inline(never)]
     fn free(&self, node: NodeAddr) {
-        // SAFETY: The page came from `alloc()`, and by its contract nobody uses it.
-        unsafe {
-            if BUDDY_IS_UP.load(Ordering::Relaxed) {
-                bindings::kho_glue_free_page(node.get());
-            } else {
-                bindings::memblock_phys_free(node.get(), bindings::PAGE_SIZE as u64);
-            }
+        if BUDDY_IS_UP.load(Ordering::Relaxed) {
+            // SAFETY: The page came from `alloc()`, and by its contract nobody uses it.
+            unsafe { bindings::kho_glue_free_page(node.get()) };
+        } else {
+            // SAFETY: Without a page allocator the kernel boots, on one CPU.
+            unsafe { Memblock::get() }.free(node.get(), bindings::PAGE_SIZE as u64);
         }
     }
 
@@ -176,37 +188,26 @@ const POOL_PAGES: u64 = 16;
 
 /// Allocates a node from memblock.
 #[link_section = ".init.text"]
-fn alloc_early() -> Option<NodeAddr> {
-    let page = bindings::PAGE_SIZE as u64;
-    // SAFETY: Early boot; see the static.
+fn alloc_early(memblock: Memblock) -> Option<NodeAddr> {
+    const PAGE: u64 = bindings::PAGE_SIZE as u64;
+    // SAFETY: By `Memblock`'s invariant nothing else runs.
     let (mut next, mut end) = unsafe { POOL };
     if next == end {
-        for pages in [POOL_PAGES, 1] {
-            let size = page.wrapping_mul(pages);
-            // Without kmemleak, which would not be told when a page is freed.
-            let limit = u64::from(bindings::MEMBLOCK_ALLOC_NOLEAKTRACE);
-            // SAFETY: Early boot.
-            let virt = unsafe {
-                let none = bindings::NUMA_NO_NODE;
-                bindings::memblock_alloc_try_nid_raw(size, page, 0, limit, none)
-            };
-            if !virt.is_null() {
-                next = kho_mm::phys(virt);
-                end = next.wrapping_add(size);
-                break;
-            }
+        let mut size = PAGE.saturating_mul(POOL_PAGES);
+        let mut virt = memblock.alloc_untracked(size);
+        if virt.is_none() {
+            size = PAGE;
+            virt = memblock.alloc_untracked(size);
         }
+        next = kho_mm::phys(virt?.as_ptr());
+        end = next.saturating_add(size);
     }
-    if next == end {
-        return None;
-    }
-    // SAFETY: As above.
-    unsafe { POOL = (next.wrapping_add(page), end) };
+    // SAFETY: By `Memblock`'s invariant nothing else runs.
+    unsafe { POOL = (next.saturating_add(PAGE), end) };
     let words = kho_mm::virt::<u64>(next);
-    let mut at = 0usize;
-    while at < bindings::PAGE_SIZE / size_of::<u64>() {
-        // SAFETY: The page has that many, and is nobody's. Volatile, or this would be a call of
-        // `memset()`, which may work byte by byte.
+    for at in (0..bindings::PAGE_SIZE / size_of::<u64>()).step_by(8) {
+        // SAFETY: The page has that many words, and is nobody's. Volatile, or this would be a call
+        // of `memset()`, which may work byte by byte; eight at a time, or it takes twice as long.
         unsafe {
             let word = words.add(at);
             word.write_volatile(0);
@@ -218,22 +219,21 @@ fn alloc_early() -> Option<NodeAddr> {
             word.add(6).write_volatile(0);
             word.add(7).write_volatile(0);
         }
-        at = at.wrapping_add(8);
     }
     NodeAddr::new(next)
 }
 
 /// Frees what no node was made of.
 #[link_section = ".init.text"]
-pub(crate) fn drain_pool() {
-    // SAFETY: Early boot; see the static.
-    let (mut next, end) = unsafe { (&raw mut POOL).replace((0, 0)) };
+pub(crate) fn drain_pool(_memblock: Memblock) {
+    // SAFETY: By `Memblock`'s invariant nothing else runs that uses the pool.
+    let (next, end) = unsafe { (&raw mut POOL).replace((0, 0)) };
     // SAFETY: Only nodes of this kernel's are freed.
     let direct = unsafe { Direct::new() };
-    while let Some(node) = NodeAddr::new(next).filter(|_| next < end) {
-        direct.free(node);
-        next = next.wrapping_add(bindings::PAGE_SIZE as u64);
-    }
+    (next..end)
+        .step_by(bindings::PAGE_SIZE)
+        .filter_map(NodeAddr::new)
+        .for_each(|node| direct.free(node));
 }
 
 #[cold]
@@ -258,7 +258,7 @@ pub(crate) fn prune(tree: &Tree<Direct>) {
     unsafe { bindings::kho_glue_lock_prune() };
     if tree.has_empty() {
         GENERATION.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: As above.
+        // SAFETY: A work item may sleep, and holds no guard.
         unsafe { bindings::synchronize_rcu() };
         tree.prune();
         GENERATION.fetch_add(1, Ordering::Release);

@@ -14,7 +14,7 @@
 //! ```
 //!
 //! Restoring several blocks claims all of them before it changes the first, so that it happens
-//! whole or not at all, and two who restore the same memory never both get it.
+//! whole or not at all, and of two callers that restore the same memory at most one gets it.
 
 use super::kho_key::{
     Block,
@@ -37,6 +37,7 @@ use super::kho_radix::Removal;
 use super::kho_range::Frames;
 use super::kho_state;
 use super::kho_takeover;
+use super::PAGE_SHIFT;
 use core::ptr::NonNull;
 use kernel::{
     bindings,
@@ -47,8 +48,9 @@ use kernel::{
 ///
 /// # Errors
 ///
-/// `EOPNOTSUPP` with KHO off, `EEXIST` if exactly this block is preserved already (whoever did
-/// that counts on being the one to undo it), `ENOMEM`; else as [`check_place`].
+/// `EOPNOTSUPP` with KHO off, `EEXIST` if exactly this block is preserved already (the caller that
+/// did so counts on being the one to undo it), `ENOMEM`; else as [`kho_place::check_place`].
+// Always inlined, as is `unpreserve()`: these two are what a user of KHO calls for each folio.
 #[inline(always)]
 pub(crate) fn preserve(block: Block) -> Result {
     if kho_place::may_be_refused(block) {
@@ -62,7 +64,7 @@ pub(crate) fn preserve(block: Block) -> Result {
     }
 }
 
-/// As [`preserve`], for who does that with blocks by the way.
+/// As [`preserve`], out of line, for callers that are not the fast path.
 #[inline(never)]
 fn preserve_block(block: Block) -> Result {
     preserve(block)
@@ -81,7 +83,7 @@ pub(crate) fn unpreserve(block: Block) {
     }
 }
 
-/// As [`unpreserve`], for who does that with blocks by the way.
+/// As [`unpreserve`], out of line, for callers that are not the fast path.
 #[inline(never)]
 fn unpreserve_block(block: Block) {
     unpreserve(block);
@@ -93,7 +95,7 @@ fn unpreserve_block(block: Block) {
 ///
 /// As [`preserve`].
 pub(crate) fn preserve_frames(frames: Frames) -> Result {
-    // Those of a vmalloc area mostly are.
+    // Pages of a vmalloc area are usually preserved one at a time.
     match frames.only_page() {
         Some(page) => preserve_block(page),
         None => preserve_blocks(frames),
@@ -102,7 +104,7 @@ pub(crate) fn preserve_frames(frames: Frames) -> Result {
 
 #[inline(never)]
 fn preserve_blocks(frames: Frames) -> Result {
-    if frames.count() == 0 {
+    if frames.is_empty() {
         return Ok(());
     }
     kho_place::check_place(frames)?;
@@ -111,9 +113,9 @@ fn preserve_blocks(frames: Frames) -> Result {
     tree.add_all(keys).map_err(|(key, error)| {
         let done = key
             .block()
-            .map_or(0, |block| block.pfn().get().wrapping_sub(frames.start()));
-        // They end with a block, so that the cuts are the same again.
-        unpreserve_blocks(frames.head(done));
+            .map_or(frames.start(), |block| block.pfn().get());
+        // What was done ends with a block, so that the cuts are the same again.
+        unpreserve_blocks(frames.until(done));
         error.map_or(EEXIST, |_| ENOMEM)
     })
 }
@@ -156,7 +158,7 @@ const LOW: u64 = if cfg!(CONFIG_X86) { 1 << 20 } else { 0 };
 /// RAM that is online, and not what the next kernel boots with; else as [`preserve`].
 pub(crate) fn preserve_phys(phys: u64, size: usize) -> Result {
     let frames = Frames::exact(phys, size as u64).ok_or(EINVAL)?;
-    // What is no RAM would make the next kernel refuse all of the handover.
+    // The next kernel could not take over what is not RAM.
     if phys < LOW || !kho_mm::is_online_ram(frames) {
         return Err(EINVAL);
     }
@@ -168,9 +170,9 @@ pub(crate) fn preserve_phys(phys: u64, size: usize) -> Result {
 #[inline(always)]
 pub(crate) fn restore_folio(phys: u64) -> Option<*mut bindings::folio> {
     if kho_takeover::is_pending() {
-        settle_folio(phys);
+        initialise_folio(phys);
     }
-    if let Some(page) = Page::online(phys >> super::PAGE_SHIFT) {
+    if let Some(page) = Page::online(phys >> PAGE_SHIFT) {
         // A range of pages may have been preserved in one block that is too large for a folio.
         if let Some(folio) = page.take_folio() {
             return Some(folio);
@@ -183,26 +185,27 @@ pub(crate) fn restore_folio(phys: u64) -> Option<*mut bindings::folio> {
 /// Has the struct pages of a folio initialised, as far as that is still to be done.
 #[cold]
 #[inline(never)]
-fn settle_folio(phys: u64) {
-    let settle = |size| {
+fn initialise_folio(phys: u64) {
+    let initialise = |size| {
         if let Some(frames) = Frames::covering(phys, size) {
-            kho_takeover::settle(frames);
+            kho_takeover::ensure_initialised(frames);
         }
     };
-    settle(1);
-    let page = Page::online(phys >> super::PAGE_SHIFT);
+    // The order is in the first struct page.
+    initialise(1);
+    let page = Page::online(phys >> PAGE_SHIFT);
     if let Some(order) = page.and_then(|page| page.order(Mark::Preserved)) {
         if order.get() <= bindings::KHO_MAX_FOLIO_ORDER {
-            settle(order.pages() << super::PAGE_SHIFT);
+            initialise(order.pages() << PAGE_SHIFT);
         }
     }
 }
 
-/// Claims all blocks of `frames`, as they come: whatever the range was cut into when it was
-/// preserved. Returns the first page; or [`None`], and nothing is claimed, if there is a block that
-/// is not preserved or does not end in the range, or no block at all.
+/// Claims all blocks of `frames`, whatever blocks the range was cut into when it was preserved.
+/// Returns the first page; or [`None`], and nothing is claimed, if there is a block that is not
+/// preserved or does not end in the range, or no block at all.
 pub(crate) fn claim(frames: Frames) -> Option<Page> {
-    kho_takeover::settle(frames);
+    kho_takeover::ensure_initialised(frames);
     if frames.count() == 1 {
         let page = Page::online(frames.start())?;
         let done = page.turn(Mark::Preserved, Mark::Claimed, Order::ZERO);
@@ -214,12 +217,12 @@ pub(crate) fn claim(frames: Frames) -> Option<Page> {
 #[inline(never)]
 fn claim_blocks(frames: Frames) -> Option<Page> {
     let mut first = None;
-    let done = walk(frames, Mark::Preserved, |page, order| {
+    let left = walk_blocks(frames, Mark::Preserved, |page, order| {
         first.get_or_insert(page);
         page.turn(Mark::Preserved, Mark::Claimed, order)
     });
-    if done < frames.count() {
-        unclaim(frames.head(done));
+    if !left.is_empty() {
+        unclaim(frames.until(left.start()));
         return None;
     }
     first
@@ -227,35 +230,31 @@ fn claim_blocks(frames: Frames) -> Option<Page> {
 
 /// Undoes [`claim`].
 pub(crate) fn unclaim(frames: Frames) {
-    walk(frames, Mark::Claimed, |page, order| {
+    walk_blocks(frames, Mark::Claimed, |page, order| {
         page.turn(Mark::Claimed, Mark::Preserved, order)
     });
 }
 
 /// Makes what was claimed single pages, to which the caller has the only reference.
 pub(crate) fn take(frames: Frames) {
-    walk(frames, Mark::Claimed, |page, order| {
+    walk_blocks(frames, Mark::Claimed, |page, order| {
         page.into_pages(order);
         true
     });
 }
 
 /// Calls `each` with the blocks of `frames`, all of which carry `mark`. Stops before one that does
-/// not, or does not end in the range, or when `each` fails; returns how many frames lie before
-/// that.
-fn walk(frames: Frames, mark: Mark, mut each: impl FnMut(Page, Order) -> bool) -> u64 {
-    let mut done = 0u64;
-    while done < frames.count() {
-        let page = Page::online(frames.start().wrapping_add(done));
-        let Some((page, order)) = page.and_then(|page| Some((page, page.order(mark)?))) else {
-            break;
-        };
-        if order.pages() > frames.count().wrapping_sub(done) || !each(page, order) {
+/// not, or does not end in the range, or when `each` fails; returns the frames from there on.
+fn walk_blocks(frames: Frames, mark: Mark, mut each: impl FnMut(Page, Order) -> bool) -> Frames {
+    let mut rest = frames;
+    while let Some(page) = Page::online(rest.start()).filter(|_| !rest.is_empty()) {
+        let Some(order) = page.order(mark) else { break };
+        if order.pages() > rest.count() || !each(page, order) {
             break;
         }
-        done = done.wrapping_add(order.pages());
+        rest = rest.from(rest.start().saturating_add(order.pages()));
     }
-    done
+    rest
 }
 
 /// Restores a range of single pages, which starts at `phys`, all of it or nothing.
@@ -277,11 +276,11 @@ pub(crate) fn restore_frames(frames: Option<Frames>, phys: u64) -> Option<Page> 
 /// as [`preserve`].
 pub(crate) fn alloc_preserve(size: usize) -> Result<*mut c_void> {
     let last = size.checked_sub(1).ok_or(EINVAL)?;
-    let order = usize::BITS.wrapping_sub((last >> super::PAGE_SHIFT).leading_zeros());
+    let order = usize::BITS - (last >> PAGE_SHIFT).leading_zeros();
     if order > bindings::KHO_MAX_PAGE_ORDER {
         return Err(E2BIG);
     }
-    // Not after an allocation that would be for nothing.
+    // Check first: without an outgoing tree the folio could not be preserved.
     kho_state::out_tree().ok_or(EOPNOTSUPP)?;
     let order = Order::new(order).ok_or(E2BIG)?;
     let folio = kho_mm::alloc_folio(order).ok_or(ENOMEM)?;

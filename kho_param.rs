@@ -100,7 +100,7 @@ pub(crate) fn cut(area: (u64, u64), region: (u64, u64), align: u64) -> [(u64, u6
     if region.0 >= end || region.1 <= start || region.0 >= region.1 {
         return [area, (end, end)];
     }
-    let front = region.0 & !align.wrapping_sub(1);
+    let front = region.0 & !align.saturating_sub(1);
     let behind = round_up(region.1, align).unwrap_or(u64::MAX);
     [
         (start, front.clamp(start, end)),
@@ -166,7 +166,7 @@ fn unquoted(text: &[u8]) -> &[u8] {
 pub(crate) fn reserve_mem_names(line: &[u8]) -> impl Iterator<Item = &[u8]> {
     let mut rest = Parameters(line);
     core::iter::from_fn(move || loop {
-        let seen = line.get(..line.len().wrapping_sub(rest.0.len()))?;
+        let seen = line.get(..line.len().saturating_sub(rest.0.len()))?;
         let Some(name) = region_name(rest.next()?) else {
             continue;
         };
@@ -233,9 +233,9 @@ fn digits(text: &[u8], radix: u8) -> Option<(u64, &[u8])> {
     let mut value = 0u64;
     while let [first, tail @ ..] = rest {
         let digit = match first {
-            b'0'..=b'9' => first.wrapping_sub(b'0'),
-            b'a'..=b'f' => first.wrapping_sub(b'a' - 10),
-            b'A'..=b'F' => first.wrapping_sub(b'A' - 10),
+            b'0'..=b'9' => first - b'0',
+            b'a'..=b'f' => first - b'a' + 10,
+            b'A'..=b'F' => first - b'A' + 10,
             _ => break,
         };
         if digit >= radix {
@@ -279,14 +279,13 @@ fn size(text: &[u8]) -> Option<(u64, &[u8])> {
 pub(crate) fn scaled(bytes: u64, percent: u32, align: u64) -> Option<u64> {
     let percent = u64::from(percent);
     let whole = (bytes / 100).checked_mul(percent)?;
-    // OVERFLOW: Less than 100 times a 32-bit number.
-    let rest = (bytes % 100).wrapping_mul(percent) / 100;
+    let rest = (bytes % 100).saturating_mul(percent) / 100;
     round_up(whole.checked_add(rest)?, align)
 }
 
 /// Rounds `bytes` up to a multiple of `align`, a power of two.
 #[link_section = ".init.text"]
 pub(crate) fn round_up(bytes: u64, align: u64) -> Option<u64> {
-    let mask = align.wrapping_sub(1);
+    let mask = align.saturating_sub(1);
     Some(bytes.checked_add(mask)? & !mask)
 }

@@ -2,7 +2,9 @@
 
 //! Which memory can be preserved: none that lies in a scratch area, and none that was plugged in.
 //!
-//! The next kernel boots in scratch, and knows only the memory that firmware reports.
+//! The next kernel boots in scratch, and knows only the memory that firmware reports. The scratch
+//! areas are written while the kernel boots, see [`kho_scratch`](super::kho_scratch); what is
+//! plugged in is noted here.
 
 use super::kho_key::{
     Block,
@@ -63,27 +65,29 @@ static PLUGGED: (AtomicU64, AtomicU64) = (AtomicU64::new(u64::MAX), AtomicU64::n
 pub(crate) fn is_plugged(frames: Frames) -> bool {
     let start = frames.start().max(PLUGGED.0.load(Ordering::Relaxed));
     let end = frames.end().min(PLUGGED.1.load(Ordering::Relaxed));
-    // SAFETY: Takes any numbers.
+    // SAFETY: The range need not be RAM.
     start < end && unsafe { bindings::kho_glue_is_plugged(start as usize, end as usize) }
 }
 
-/// A coarse map of memory that may have to be refused: bit `n % 64` is set if the `n`th granule of
-/// memory, which has `2^GRANULE` pages, holds part of a scratch area or of memory that was plugged
-/// in. Until it is made, all of memory does.
+/// A coarse map of memory that may have to be refused: bit `n % 64` is set if any of the pages from
+/// `n << shift` to before `(n + 1) << shift` is in a scratch area or was plugged in. Until the map is
+/// drawn, all of memory may have to be refused.
 static REFUSED_MAP: AtomicU64 = AtomicU64::new(u64::MAX);
-static GRANULE: AtomicU32 = AtomicU32::new(Order::MAX.get());
+
+/// The `shift` of [`REFUSED_MAP`].
+static REFUSED_MAP_SHIFT: AtomicU32 = AtomicU32::new(Order::MAX.get());
 
 /// Draws the map, when the scratch areas are known and before any memory can be plugged in.
 #[link_section = ".init.text"]
 pub(crate) fn draw_map() {
     // SAFETY: The number is known by the time there is memory to preserve.
     let frames = unsafe { bindings::max_pfn } as u64;
-    // 64 granules cover all of RAM; what is plugged in later shares bits with it.
-    let granule = u64::BITS.wrapping_sub((frames >> 6).leading_zeros());
-    GRANULE.store(granule, Ordering::Relaxed);
+    // 64 bits cover all of RAM; what is plugged in later shares bits with it.
+    let shift = u64::BITS - (frames >> 6).leading_zeros();
+    REFUSED_MAP_SHIFT.store(shift, Ordering::Relaxed);
     let mut map = 0u64;
     for area in scratch().iter().filter(|area| area.size > 0) {
-        map |= Frames::covering(area.addr, area.size).map_or(u64::MAX, granules);
+        map |= Frames::covering(area.addr, area.size).map_or(u64::MAX, map_bits);
     }
     REFUSED_MAP.store(map, Ordering::Relaxed);
     // SAFETY: Called once, while booting.
@@ -91,32 +95,34 @@ pub(crate) fn draw_map() {
 }
 
 /// Returns the bits that the map has for `frames`.
-fn granules(frames: Frames) -> u64 {
-    let granule = GRANULE.load(Ordering::Relaxed);
-    let first = frames.start().wrapping_shr(granule);
-    let last = frames.end().wrapping_sub(1).wrapping_shr(granule);
+fn map_bits(frames: Frames) -> u64 {
+    let shift = REFUSED_MAP_SHIFT.load(Ordering::Relaxed);
+    let first = frames.start().wrapping_shr(shift);
+    let last = frames.end().saturating_sub(1).wrapping_shr(shift);
     let mut map = 0u64;
-    for n in first..=last.min(first.wrapping_add(63)) {
+    for n in first..=last.min(first.saturating_add(63)) {
         map |= 1u64.wrapping_shl(n as u32);
     }
     map
 }
 
-/// Notes that memory is being plugged in. It is not free yet, so that whoever gets it from the page
-/// allocator also finds the note.
+/// Notes that memory is being plugged in. It is not free yet, so that a caller that gets it from the
+/// page allocator also finds the note.
 pub(crate) fn plug(frames: Frames) {
     PLUGGED.0.fetch_min(frames.start(), Ordering::Relaxed);
     PLUGGED.1.fetch_max(frames.end(), Ordering::Relaxed);
-    REFUSED_MAP.fetch_or(granules(frames), Ordering::Relaxed);
+    REFUSED_MAP.fetch_or(map_bits(frames), Ordering::Relaxed);
 }
 
 /// Returns whether `block` may have to be refused, quickly: no is right, yes need not be.
+// Always inlined: it is on the path of every folio that is preserved.
 #[inline(always)]
 pub(crate) fn may_be_refused(block: Block) -> bool {
-    let granule = GRANULE.load(Ordering::Relaxed);
-    // A block that is no larger than a granule lies in one, as it is aligned to its size.
-    let n = block.pfn().get().wrapping_shr(granule);
-    block.order().get() > granule
+    let shift = REFUSED_MAP_SHIFT.load(Ordering::Relaxed);
+    // A block that is no larger than what a bit stands for has one bit, as it is aligned to its
+    // size.
+    let n = block.pfn().get().wrapping_shr(shift);
+    block.order().get() > shift
         || REFUSED_MAP.load(Ordering::Relaxed).wrapping_shr(n as u32) & 1 != 0
 }
 
@@ -126,7 +132,7 @@ pub(crate) fn may_be_refused(block: Block) -> bool {
 ///
 /// `EINVAL` in a scratch area: the next kernel boots in there. Movable memory may lie there, and
 /// has to be pinned before it is preserved. `EADDRNOTAVAIL` for memory that was plugged in while
-/// this kernel ran: the next one boots with the memory that firmware tells of.
+/// this kernel ran: the next one boots with the memory that firmware reports.
 #[inline(never)]
 pub(crate) fn check_place(frames: Frames) -> Result {
     if in_scratch(frames.phys(), frames.bytes()) {

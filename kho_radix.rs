@@ -330,21 +330,21 @@ impl Default for Hint {
     }
 }
 
-/// Being in the tree, until this is dropped.
+/// Permission to look at the nodes of a tree, until this is dropped.
 pub(crate) trait Guard {
-    /// Returns the hints of this CPU, which nobody else uses during the guard.
+    /// Returns the hints of this CPU, which nobody else uses while the guard is held.
     fn hints(&self) -> &Hints;
 
     /// Returns the generation that nodes were of when the tree was entered. It stays the same until
-    /// the guard ends.
+    /// the guard is dropped.
     fn generation(&self) -> u64;
 }
 
 /// Where nodes live.
 pub(crate) trait NodeMem: Copy {
-    /// Is held by [`Tree::add`], [`Tree::remove`] and those that do the same to many keys, while
-    /// they look at nodes, but not while they allocate. [`Tree::prune`] must only be called while
-    /// nobody holds one.
+    /// Held by [`Tree::add`], [`Tree::remove`] and the functions that do the same to many keys,
+    /// while they look at nodes, but not while they allocate. [`Tree::prune`] must only be called
+    /// while nobody holds one.
     type Guard<'a>: Guard
     where
         Self: 'a;
@@ -546,7 +546,7 @@ impl<M: NodeMem> Tree<M> {
     #[inline(never)]
     fn search(&self, guard: &M::Guard<'_>, key: Key) -> Option<&Node> {
         let addr = self.locate(key).ok()?;
-        // INVARIANT: It has just been found. No node is taken away during the guard, and the
+        // INVARIANT: It has just been found. No node is taken away under the guard, and the
         // generation changes before any is.
         guard
             .hints()
@@ -710,12 +710,12 @@ impl<M: NodeMem> Tree<M> {
         }
     }
 
-    /// Returns the leaf that has room for `key`, if there is one.
+    /// Returns the leaf for `key`, if there is one.
     pub(crate) fn find_leaf(&self, key: Key) -> Option<&Node> {
         self.find(key).ok()
     }
 
-    /// Returns the leaf that has room for `key`, made if need be. Nobody else may be in the tree.
+    /// Returns the leaf for `key`, made if need be. Nobody else may be in the tree.
     pub(crate) fn leaf(&self, key: Key) -> Result<&Node, NoMemory> {
         if let Ok(leaf) = self.find(key) {
             return Ok(leaf);
@@ -732,8 +732,8 @@ impl<M: NodeMem> Tree<M> {
             .is_ok_and(|leaf| leaf.word(leaf_index(key)).load() & leaf_mask(key) != 0)
     }
 
-    /// Returns the first leaf that may hold keys from `from` to `last`, and the first key it has
-    /// room for.
+    /// Returns the first leaf that may hold keys from `from` to `last`, and the first key of
+    /// that leaf.
     #[link_section = ".init.text"]
     pub(crate) fn next_leaf(&self, from: Key, last: Key) -> Option<(u64, &Node)> {
         self.leaf_between(self.mem.node(self.root), ROOT, 0, (from, last))

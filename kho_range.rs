@@ -140,16 +140,6 @@ impl Frames {
         self.count() << PAGE_SHIFT
     }
 
-    /// Returns the first `count` frames of the range, or all of it if it has fewer.
-    #[inline]
-    pub(crate) fn head(self, count: u64) -> Self {
-        // INVARIANT: The new end is between the old ones.
-        Self {
-            start: self.start,
-            end: self.start.saturating_add(count).min(self.end),
-        }
-    }
-
     /// Returns the frames of the range before frame `pfn`.
     #[inline]
     pub(crate) fn until(self, pfn: u64) -> Self {

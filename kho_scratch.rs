@@ -16,7 +16,10 @@
 //! Everything here is `__init`.
 
 use super::kho_key::Pfn;
-use super::kho_memblock;
+use super::kho_memblock::{
+    Memblock,
+    ANY_NODE, //
+};
 use super::kho_mm;
 use super::kho_param::{
     self,
@@ -39,9 +42,6 @@ use kernel::{
 
 /// Scratch areas begin and end at multiples of this.
 const ALIGN: u64 = bindings::KHO_SCRATCH_ALIGN as u64;
-
-/// No node in particular.
-const ANY_NODE: c_int = bindings::NUMA_NO_NODE;
 
 /// What `kho_scratch=` asks for.
 // Only `parse()` writes it and only `reserve()` reads it.
@@ -91,37 +91,30 @@ pub(crate) unsafe fn parse(arg: *const c_char) {
     unsafe { SCRATCH = scratch };
 }
 
-/// Returns what early boot has allocated on `nid`. Huge pages do not count: they never come from
-/// scratch.
+/// Returns the address where low memory ends.
 #[link_section = ".init.text"]
-fn used(nid: c_int) -> Used {
-    // SAFETY: Early boot.
-    let low_limit = unsafe { bindings::kho_glue_low_limit() };
+fn low_limit() -> u64 {
+    // SAFETY: Takes nothing, and is known before memory is.
+    unsafe { bindings::kho_glue_low_limit() }
+}
+
+/// Returns what early boot has allocated on `nid`.
+#[link_section = ".init.text"]
+fn used(memblock: Memblock, nid: c_int) -> Used {
     Used {
-        low: used_below(low_limit, nid),
-        all: used_below(u64::MAX, nid),
+        low: memblock.used_below(low_limit(), nid),
+        all: memblock.used_below(u64::MAX, nid),
     }
 }
 
+/// Returns what early boot has allocated on all nodes that the next kernel allocates again. It
+/// finds regions of `reserve_mem=` where they are; memblock has them on no node in particular, so
+/// that no single node's count has them.
 #[link_section = ".init.text"]
-fn used_below(limit: u64, nid: c_int) -> u64 {
-    // SAFETY: Early boot.
-    unsafe {
-        bindings::memblock_reserved_kern_size(limit, nid)
-            .saturating_sub(bindings::memblock_reserved_hugetlb_size(limit, nid))
-    }
-}
-
-/// Returns what early boot has allocated on all nodes that the next kernel allocates again. Regions
-/// of `reserve_mem=` it finds where they are; memblock has them on no node in particular, so that
-/// no single node's count has them.
-#[link_section = ".init.text"]
-fn used_again() -> Used {
-    // SAFETY: Early boot.
-    let low_limit = unsafe { bindings::kho_glue_low_limit() };
-    let mut used = used(ANY_NODE);
+fn used_again(memblock: Memblock) -> Used {
+    let mut used = used(memblock, ANY_NODE);
     for (start, size) in regions() {
-        used = used.without(start, size, low_limit);
+        used = used.without(start, size, low_limit());
     }
     used
 }
@@ -147,63 +140,106 @@ fn regions() -> impl Iterator<Item = (u64, u64)> {
     })
 }
 
-/// Finds memory for the scratch areas, and reserves it; says why, if there is none.
+/// Finds memory for the scratch areas, and reserves it.
+///
+/// # Errors
+///
+/// `ENOMEM` if there is too little; the log says why.
 #[link_section = ".init.text"]
-pub(crate) fn reserve() -> Result {
-    let early = used_again();
-    let room = kho_mm::Nodes::count().wrapping_add(2);
-    let bytes = room.wrapping_mul(size_of::<bindings::kho_scratch>() as u64);
-    // SAFETY: Early boot.
-    let table = unsafe {
-        let align = bindings::PAGE_SIZE as u64;
-        bindings::memblock_alloc_try_nid(bytes, align, 0, 0, ANY_NODE)
-    };
-    if table.is_null() {
-        pr_err!("disabled: no memory for the table of scratch areas\n");
-        return Err(ENOMEM);
-    }
-    // SAFETY: Early boot; the table has room for what is added to it, and no area yet.
-    unsafe {
-        bindings::kho_scratch = table.cast();
-        bindings::kho_scratch_cnt = 0;
-    }
-
-    let mut result = reserve_areas(early);
+pub(crate) fn reserve(memblock: Memblock) -> Result {
+    let early = used_again(memblock);
+    let mut table = Table::new(memblock)?;
+    let mut result = reserve_areas(&mut table, early);
     if result.is_ok() {
-        result = check_left(early);
+        result = check_left(memblock, early);
     }
     if result.is_err() {
-        for area in kho_place::scratch() {
-            // SAFETY: Early boot.
-            unsafe { bindings::memblock_phys_free(area.addr, area.size) };
-        }
-        // SAFETY: Early boot; allocated above.
-        unsafe {
-            bindings::kho_scratch_cnt = 0;
-            bindings::kho_scratch = core::ptr::null_mut();
-            bindings::memblock_free(table, bytes as usize);
-        }
+        table.destroy();
     } else {
         RESERVED.store(true, Ordering::Relaxed);
-        say(early);
+        report_size(early);
     }
     result
 }
 
+/// The table of scratch areas while it is being made.
+///
+/// # Invariants
+///
+/// `kho_scratch` points to a table for `capacity` areas, of which there are
+/// `kho_scratch_cnt`.
+struct Table {
+    memblock: Memblock,
+    capacity: u64,
+}
+
+impl Table {
+    #[link_section = ".init.text"]
+    fn new(memblock: Memblock) -> Result<Self> {
+        // One for each node, and one each in low memory and anywhere.
+        let capacity = kho_mm::Nodes::count().saturating_add(2);
+        let size = capacity.saturating_mul(ENTRY);
+        let Some(table) = memblock.alloc_zeroed(size) else {
+            pr_err!("disabled: no memory for the table of scratch areas\n");
+            return Err(ENOMEM);
+        };
+        // SAFETY: By `Memblock`'s invariant nothing else runs.
+        unsafe {
+            bindings::kho_scratch = table.as_ptr().cast();
+            bindings::kho_scratch_cnt = 0;
+        }
+        // INVARIANT: It was allocated for that many.
+        Ok(Self { memblock, capacity })
+    }
+
+    /// Adds an area; returns false if the table is full.
+    #[link_section = ".init.text"]
+    fn add(&mut self, addr: u64, size: u64) -> bool {
+        let count = kho_place::scratch().len();
+        if count as u64 >= self.capacity {
+            return false;
+        }
+        // INVARIANT: There is one area more.
+        // SAFETY: By the type invariant the table is larger, and by `Memblock`'s nothing else runs.
+        unsafe {
+            bindings::kho_scratch
+                .add(count)
+                .write(bindings::kho_scratch { addr, size });
+            bindings::kho_scratch_cnt = count.saturating_add(1) as u32;
+        }
+        true
+    }
+
+    /// Frees the areas and the table.
+    #[link_section = ".init.text"]
+    fn destroy(self) {
+        for area in kho_place::scratch() {
+            self.memblock.free(area.addr, area.size);
+        }
+        // SAFETY: By `Memblock`'s invariant nothing else runs.
+        let table = unsafe {
+            bindings::kho_scratch_cnt = 0;
+            (&raw mut bindings::kho_scratch).replace(core::ptr::null_mut())
+        };
+        let size = self.capacity.saturating_mul(ENTRY);
+        self.memblock.free(kho_mm::phys(table), size);
+    }
+}
+
 /// Checks that scratch leaves enough memory to the running kernel.
 #[link_section = ".init.text"]
-fn check_left(early: Used) -> Result {
+fn check_left(memblock: Memblock, early: Used) -> Result {
     let (mut total, mut left) = (0u64, 0u64);
-    for frames in kho_memblock::memory_frames() {
-        total = total.wrapping_add(frames.count());
-        left = left.wrapping_add(kho_memblock::free_frames(frames));
+    for frames in memblock.memory() {
+        total = total.saturating_add(frames.count());
+        left = left.saturating_add(memblock.free_frames(frames));
     }
     let floor = kho_param::floor(early);
     if left << PAGE_SHIFT < floor {
         pr_err!(
             "disabled: {} KiB of scratch would leave {} KiB of {} KiB, less than {} KiB; see \
              kho_scratch=\n",
-            scratch_size() >> 10,
+            total_size() >> 10,
             left << (PAGE_SHIFT - 10),
             total << (PAGE_SHIFT - 10),
             floor >> 10
@@ -213,98 +249,119 @@ fn check_left(early: Used) -> Result {
     Ok(())
 }
 
+/// Where an area is to be.
+struct Place {
+    /// As messages name it.
+    name: &'static str,
+    /// It has to end below this address; 0 is no limit.
+    limit: u64,
+    nid: c_int,
+    /// Whether it must be on that node.
+    is_exact: bool,
+}
+
 /// Returns the size of an area, if there is any that large.
 #[link_section = ".init.text"]
-fn checked(name: &str, size: Option<u64>) -> Result<u64> {
+fn checked(place: &Place, size: Option<u64>) -> Result<u64> {
     if size.is_none() {
+        let name = place.name;
         pr_err!("disabled: {name} scratch of more than 64 bits; see kho_scratch=\n");
     }
     size.ok_or(ENOMEM)
 }
 
 #[link_section = ".init.text"]
-fn reserve_areas(early: Used) -> Result {
-    // SAFETY: Early boot; see the static.
+fn reserve_areas(table: &mut Table, early: Used) -> Result {
+    let memblock = table.memblock;
+    // SAFETY: By `Memblock`'s invariant nothing else runs.
     let scratch = unsafe { SCRATCH };
-    // SAFETY: Early boot.
-    let low_limit = unsafe { bindings::kho_glue_low_limit() };
     let nodes = kho_mm::Nodes::count();
+    let on_node = |nid| Place {
+        name: "node",
+        limit: 0,
+        nid,
+        is_exact: true,
+    };
+    let mut low = Place {
+        name: "lowmem",
+        limit: low_limit(),
+        nid: ANY_NODE,
+        is_exact: false,
+    };
+    let anywhere = Place {
+        name: "global",
+        limit: 0,
+        ..low
+    };
 
-    let low = checked("lowmem", scratch.lowmem(early, ALIGN))?;
-    let mut others = low;
-    let mut areas = u64::from(low > 0);
-    let mut busiest = (ANY_NODE, 0);
+    let low_size = checked(&low, scratch.lowmem(early, ALIGN))?;
+    let mut others = low_size;
+    let mut areas = u64::from(low_size > 0);
+    let mut most = 0;
     for nid in kho_mm::Nodes::all() {
-        let early = used(nid);
-        let size = checked("node", scratch.pernode(early, nodes, ALIGN))?;
+        let early = used(memblock, nid);
+        let size = checked(&on_node(nid), scratch.pernode(early, nodes, ALIGN))?;
         others = others.saturating_add(size);
-        areas = areas.wrapping_add(u64::from(size > 0));
-        if early.low > busiest.1 {
-            busiest = (nid, early.low);
+        areas = areas.saturating_add(u64::from(size > 0));
+        // What a node has allocated in low memory comes from the low area, so that this had better
+        // be on the same node.
+        if early.low > most {
+            (low.nid, most) = (nid, early.low);
         }
     }
-    let global = checked("global", scratch.global(early, others, ALIGN))?;
-    areas = areas.wrapping_add(u64::from(global > 0));
+    let global_size = checked(&anywhere, scratch.global(early, others, ALIGN))?;
+    areas = areas.saturating_add(u64::from(global_size > 0));
 
-    // The table has an entry for each node and two more; those that are not needed are there for
-    // areas that are only to be had in pieces.
-    let spare = &mut nodes.wrapping_add(2).saturating_sub(areas);
-    // What a node has allocated in low memory comes from the low area, so that this had better be
-    // on the same node.
-    reserve_area("lowmem", low, low_limit, busiest.0, false, spare)?;
-    reserve_area("global", global, 0, ANY_NODE, false, spare)?;
+    // Entries of the table that are not needed are there for areas that are only to be had in
+    // pieces.
+    let spare = &mut table.capacity.saturating_sub(areas);
+    reserve_area(table, &low, low_size, spare)?;
+    reserve_area(table, &anywhere, global_size, spare)?;
     for nid in kho_mm::Nodes::all() {
         // Neither of the two areas is memory of this node that is not low, so the result is as it
         // was above.
-        let size = checked("node", scratch.pernode(used(nid), nodes, ALIGN))?;
-        reserve_area("node", size, 0, nid, true, spare)?;
+        let place = on_node(nid);
+        let size = checked(&place, scratch.pernode(used(memblock, nid), nodes, ALIGN))?;
+        reserve_area(table, &place, size, spare)?;
     }
     Ok(())
 }
 
-/// Reserves one area below `limit`, 0 being none, and adds it to the table. `nid` is a wish unless
-/// it is `exact`. Where no hole is large enough, as in a small machine with the kernel or a border
-/// between nodes in the middle, the area is cut in halves, into at most `spare` more pieces.
+/// Reserves one area and adds it to the table. Where no hole is large enough, as in a small machine
+/// with the kernel or a border between nodes in the middle, the area is cut in halves, into at most
+/// `spare` more pieces.
 #[link_section = ".init.text"]
-fn reserve_area(
-    name: &str,
-    size: u64,
-    limit: u64,
-    nid: c_int,
-    exact: bool,
-    spare: &mut u64,
-) -> Result {
+fn reserve_area(table: &mut Table, place: &Place, size: u64, spare: &mut u64) -> Result {
     let mut rest = size;
     let mut piece = size;
     let mut pieces = spare.saturating_add(1);
     while rest > 0 {
         if pieces.saturating_mul(piece) < rest {
             pr_err!(
-                "disabled: no room for {} KiB of {name} scratch; see kho_scratch=\n",
-                size >> 10
+                "disabled: no room for {} KiB of {} scratch; see kho_scratch=\n",
+                size >> 10,
+                place.name
             );
             return Err(ENOMEM);
         }
-        // SAFETY: Early boot.
-        let addr =
-            unsafe { bindings::memblock_alloc_range_nid(piece, ALIGN, 0, limit, nid, exact) };
-        if addr == 0 {
+        let Place {
+            limit,
+            nid,
+            is_exact,
+            ..
+        } = *place;
+        let Some(addr) = table.memblock.alloc(piece, ALIGN, limit, nid, is_exact) else {
             let half = kho_param::round_up(piece / 2, ALIGN).unwrap_or(0);
             piece = if half < piece { half } else { 0 };
             continue;
-        }
-        // SAFETY: Early boot; the table has room for an area of each kind and node, and pieces
-        // are only made within it.
-        unsafe {
-            let count = bindings::kho_scratch_cnt as usize;
-            bindings::kho_scratch
-                .add(count)
-                .write(bindings::kho_scratch { addr, size: piece });
-            bindings::kho_scratch_cnt = count.wrapping_add(1) as u32;
+        };
+        if !table.add(addr, piece) {
+            table.memblock.free(addr, piece);
+            return Err(ENOMEM);
         }
         rest = rest.saturating_sub(piece);
         piece = piece.min(rest);
-        pieces = pieces.wrapping_sub(1);
+        pieces = pieces.saturating_sub(1);
         *spare = pieces;
     }
     Ok(())
@@ -313,27 +370,24 @@ fn reserve_area(
 /// Says how much scratch there is, and what booting took: in a kernel that was handed over to, what
 /// it took of scratch.
 #[link_section = ".init.text"]
-pub(crate) fn report() {
-    let early = used(ANY_NODE);
-    // SAFETY: Early boot; see the static.
+pub(crate) fn report(memblock: Memblock) {
+    let early = used(memblock, ANY_NODE);
+    // SAFETY: By `Memblock`'s invariant nothing else runs.
     unsafe { TOOK = early };
-    say(early);
+    report_size(early);
 }
 
 #[link_section = ".init.text"]
-fn scratch_size() -> u64 {
-    let mut size = 0u64;
-    for area in kho_place::scratch() {
-        size = size.saturating_add(area.size);
-    }
-    size
+fn total_size() -> u64 {
+    let areas = kho_place::scratch().iter();
+    areas.fold(0, |size, area| area.size.saturating_add(size))
 }
 
 #[link_section = ".init.text"]
-fn say(early: Used) {
+fn report_size(early: Used) {
     pr_info!(
         "scratch has {} KiB in {} areas, early boot took {} KiB\n",
-        scratch_size() >> 10,
+        total_size() >> 10,
         kho_place::scratch().len(),
         early.all >> 10
     );
@@ -367,22 +421,25 @@ pub(crate) fn cut() {
         }
         pr_info!(
             "{} KiB of scratch are left: reserve_mem= has the rest\n",
-            scratch_size() >> 10
+            total_size() >> 10
         );
     }
 }
 
-/// How many areas there is room for in a table of one page.
-const ROOM: usize = bindings::PAGE_SIZE / size_of::<bindings::kho_scratch>();
+/// How many areas a table of one page holds.
+const TABLE_MAX: usize = bindings::PAGE_SIZE / size_of::<bindings::kho_scratch>();
 
-/// Makes a copy of the table of scratch areas that has room for more, and uses it.
+/// The size of an entry of the table.
+const ENTRY: u64 = size_of::<bindings::kho_scratch>() as u64;
+
+/// Makes a copy of the table of scratch areas that can hold more, and uses it.
 #[link_section = ".init.text"]
 fn copy_table(old: &[bindings::kho_scratch]) -> Option<*mut bindings::kho_scratch> {
-    if old.len() > ROOM {
+    if old.len() > TABLE_MAX {
         return None;
     }
     let table = kho_mm::virt::<bindings::kho_scratch>(kho_mm::alloc_page()?);
-    // SAFETY: The page is ours, and has room for that many. Nothing can be preserved yet, so that
+    // SAFETY: The page is ours, and holds that many. Nothing can be preserved yet, so that
     // nobody looks at areas; the old table stays, too.
     unsafe {
         old.as_ptr().copy_to_nonoverlapping(table, old.len());
@@ -394,39 +451,37 @@ fn copy_table(old: &[bindings::kho_scratch]) -> Option<*mut bindings::kho_scratc
 /// Cuts a region out of the areas in `table`, if the next kernel can do with what is left.
 #[link_section = ".init.text"]
 fn cut_out(table: *mut bindings::kho_scratch, region: (u64, u64)) -> bool {
-    // SAFETY: Early boot; see the static.
-    let (low_limit, took) = unsafe { (bindings::kho_glue_low_limit(), TOOK) };
+    // SAFETY: `report()` has written it, long before.
+    let took = unsafe { TOOK };
+    let old = kho_place::scratch();
     let mut left = Used { low: 0, all: 0 };
-    let mut pieces = 0usize;
-    for area in kho_place::scratch() {
+    for area in old {
         for (start, end) in parts(area, region) {
-            left.all = left.all.saturating_add(end.wrapping_sub(start));
-            let low = end.min(low_limit).saturating_sub(start);
+            let low = end.min(low_limit()).saturating_sub(start);
             left.low = left.low.saturating_add(low);
+            left.all = left.all.saturating_add(end.saturating_sub(start));
         }
-        pieces = pieces.wrapping_add(2);
     }
-    if left.low < took.low || left.all < took.all || pieces > ROOM {
+    if left.low < took.low || left.all < took.all || old.len().saturating_mul(2) > TABLE_MAX {
         return false;
     }
-    let count = kho_place::scratch().len();
-    let mut end = count;
-    for at in 0..count {
-        // SAFETY: The table has room for two parts of each area, and nobody else writes it.
+    let mut end = old.len();
+    for at in 0..old.len() {
+        // SAFETY: The table holds two parts of each area, and nobody else writes it.
         unsafe {
             let area = table.add(at);
             let [front, behind] = parts(&area.read(), region);
-            (*area).size = front.1.wrapping_sub(front.0);
+            (*area).size = front.1.saturating_sub(front.0);
             if behind.0 < behind.1 {
                 table.add(end).write(bindings::kho_scratch {
                     addr: behind.0,
-                    size: behind.1.wrapping_sub(behind.0),
+                    size: behind.1.saturating_sub(behind.0),
                 });
-                end = end.wrapping_add(1);
+                end = end.saturating_add(1);
             }
         }
     }
-    // SAFETY: As above.
+    // SAFETY: Nothing can be preserved yet, so that nobody looks at areas.
     unsafe { bindings::kho_scratch_cnt = end as u32 };
     true
 }

@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! What this kernel was handed over, what it hands over, and whether it does at all.
+//!
+//! The statics are this file's. While booting they are set by [`kho_boot`](super::kho_boot) and
+//! [`kho_kexec`](super::kho_kexec); after that only the contents of the outgoing tree and FDT
+//! change. The FDT is changed under its mutex, see [`RootFdt`].
 
 use super::kho_fdt::{
     Blob,
@@ -162,7 +166,7 @@ unsafe fn show(name: *const c_char, blob: *const c_void, size: usize, root: bool
 /// Takes a blob out of debugfs, if it is there.
 fn hide(blob: *mut c_void) {
     if DEBUGFS.load(Ordering::Relaxed) {
-        // SAFETY: Takes any address.
+        // SAFETY: An address that is not shown is ignored.
         unsafe { bindings::kho_glue_debugfs_remove(blob) };
     }
 }

@@ -5,9 +5,9 @@
 //!
 //! memblock keeps its regions in an array, and several users walk that array again and again. One
 //! region for each preserved range makes booting quadratic: in takeover, and after it in everything
-//! that looks at reserved memory. So memblock is told of *grains*: blocks of the page allocator's
-//! largest order that hold anything preserved. Neighbours are one region, and how many there are at
-//! most depends on the size of the machine, see [`kho_grain::region_limit`].
+//! that looks at reserved memory. So memblock gets to know *grains*, see [`kho_grain`]. Neighbours
+//! are one region, and how many regions there are at most depends on the size of the machine, see
+//! [`kho_grain::region_limit`].
 //!
 //! ```text
 //!                 preserved  . # . . # . . .   . . . . . . . .   # # # # # # # #
@@ -17,6 +17,15 @@
 //!                            given back by init_free() or init_late()
 //! ```
 //!
+//! The states of a grain:
+//!
+//! ```text
+//!            plan()            commit()                 init_free(), init_late(),
+//!                                                       or a caller that restores
+//!  free ---> pending --------> pending, perhaps uninit -------------------------> released
+//!                     \------> shared ------------------------------------------> released
+//! ```
+//!
 //! Why that is safe:
 //!
 //! - *Struct pages.* memblock and deferred initialisation leave grains alone, as they are reserved
@@ -24,49 +33,46 @@
 //!   but never outside the block of the largest order around it, and no other free memory lies in
 //!   a grain. So nothing in it needs a struct page before the first of its pages is given back,
 //!   and then all of them have one. That is what all deferred memory relies on, too.
-//! - *Others' memory.* A grain of which anything is reserved already, is no RAM, is scratch, or
-//!   belongs to two nodes or zones is a *mixed* one. It is dealt with page by page, at once: what
-//!   is not ours counts as held, and all struct pages are initialised. What is given back of it is
-//!   cut where its node or zone ends.
+//! - *Others' memory.* A grain of which anything is reserved already, is not RAM, is scratch, or
+//!   belongs to two nodes or zones is *shared*. It is dealt with page by page, at once: what does
+//!   not belong to the handover counts as reserved, and all struct pages are initialised. What is
+//!   given back of it is cut where its node or zone ends.
 //! - *Having memory until then.* What lies below the first deferred page of its node is given back
 //!   right after `memblock_free_all()`, as everybody's memory there is: all of it where struct
 //!   pages are not deferred, and all of the lower zones elsewhere.
 //! - *Restoring until then.* A caller that restores a block before `page_alloc_init_late()` has its
-//!   grain opened first, see [`settle`].
+//!   grain released first, see [`ensure_initialised`].
 //!
-//! The tree that was handed over is read until then, so its nodes are held, too. They are freed in
-//! the end. On architectures that keep memblock's arrays the regions stay in there, as those of
-//! all boot memory do that is freed later.
+//! The tree that was handed over is read until then, so that its nodes are reserved, too. They are
+//! freed in the end. On architectures that keep memblock's arrays the regions stay in there, as
+//! those of all boot memory do that is freed later.
 //!
-//! A handover that was refused is withheld in the same way, but nothing of it can be restored: what
-//! it names may still be written to by a device that the last kernel left running.
+//! A handover that was refused is withheld in the same way, but nothing of it can be restored: a
+//! device that the last kernel left running may still be writing to what it names.
 
 use super::kho_check::{
     self,
-    Census,
     Machine,
     Refusal,
-    Sets, //
+    Sets,
+    Stats, //
 };
 use super::kho_grain::{
     self,
-    grain_frames,
-    grain_numbers,
-    grains_inside,
+    add_frames,
+    frames_in,
+    grains_in,
     Gaps,
+    Grain,
     Ranges,
     GRAIN, //
 };
 use super::kho_key::{
     Block,
     Key,
-    Order,
-    Pfn, //
+    Order, //
 };
-use super::kho_memblock::{
-    self,
-    Memblock, //
-};
+use super::kho_memblock::Memblock;
 use super::kho_mm::{
     self,
     Mark,
@@ -83,13 +89,11 @@ use super::kho_radix::{
     Tree, //
 };
 use super::kho_range::Frames;
+use super::kho_word::bits;
 use super::PAGE_SHIFT;
-use core::{
-    ops::Range,
-    sync::atomic::{
-        AtomicBool,
-        Ordering, //
-    },
+use core::sync::atomic::{
+    AtomicBool,
+    Ordering, //
 };
 use kernel::{
     bindings,
@@ -104,256 +108,224 @@ const FLOOR: u64 = (64 << 20) >> PAGE_SHIFT;
 const FLOOR_SHARE: u64 = 32;
 const FLOOR_MOST: u64 = (4 << 30) >> PAGE_SHIFT;
 
-/// A set of numbers, of frames or grains.
-type Set = Tree<Direct>;
-
-/// Makes an empty set.
-#[link_section = ".init.text"]
-fn new_set() -> Result<Set, NoMemory> {
-    // SAFETY: The tree is made here.
-    Tree::new(unsafe { Direct::new() })
+/// What becomes of memory that a handover names.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Plan {
+    /// It is kept, to be restored, or because a device may be writing to it.
+    Keep,
+    /// A refused handover is not kept, because too little memory would be left.
+    Drop,
 }
 
 /// What takeover knows until everything has been given back.
 pub(crate) struct Takeover {
+    /// memblock is there for as long as this is.
+    memblock: Memblock,
     /// The tree that was handed over.
     tree: Tree<Direct>,
-    pub(crate) census: Census,
+    pub(crate) stats: Stats,
     /// Ranges of preserved memory.
     pub(crate) ranges: u64,
-    /// How long it took to read, by the counter of cycles.
+    /// How long it took to read and to plan, by the counter of cycles.
     pub(crate) cycles: u64,
-    /// Frames of the tree's nodes that are nothing else.
-    nodes: Set,
-    /// Frames of grains that are not given back: preserved, nodes, or others'.
-    held: Set,
-    /// Frames of blocks that cannot be taken over.
-    lost: Set,
-    /// How many frames of those, or of a handover that was refused, are kept all the same.
+    /// Frames of the tree's nodes, of what is not given back, and of lost blocks.
+    sets: Sets<Direct>,
+    /// How many frames are kept of lost blocks, or of a handover that was refused.
     pub(crate) kept: u64,
-    /// Grains that are all ours and have not been opened.
-    closed: Set,
+    /// Grains that belong to the handover alone and have not been released.
+    pending: Tree<Direct>,
     /// Those whose struct pages have to be initialised then.
-    raw: Set,
-    /// Grains that are not only ours, and not open yet. Their struct pages are initialised, and
-    /// their blocks can be restored.
-    mixed: Set,
+    uninit: Tree<Direct>,
+    /// Grains that somebody else has a part of, and that have not been released. Their struct pages
+    /// are initialised, and their blocks can be restored.
+    shared: Tree<Direct>,
 }
 
 /// What was taken over, while not everything has been given back.
-// Only `Takeover::take()` and `finish()` write it, when nobody else can be looking.
+// Only `Takeover::commit()` and `finish()` write it, when nobody else can be looking.
 static mut TAKEOVER: Option<Takeover> = None;
 
 /// Whether the static is in use.
-static PENDING: AtomicBool = AtomicBool::new(false);
-
-/// Returns between which numbers all there is in a set lies: those of frames of RAM, and grains
-/// have smaller ones.
-#[link_section = ".init.text"]
-fn all() -> (Key, Key) {
-    let last = Memblock.ram_end().wrapping_sub(1);
-    (Key::MIN, Key::of_frame(last))
-}
-
-/// Returns the frames of a set of grains.
-#[link_section = ".init.text"]
-fn frames_of(grains: &Set) -> Ranges<'_, Direct> {
-    Ranges {
-        runs: grains.runs_between(all()),
-        order: GRAIN,
-    }
-}
-
-/// Returns the frames of a set of frames.
-#[link_section = ".init.text"]
-fn runs_of(set: &Set) -> Ranges<'_, Direct> {
-    Ranges {
-        runs: set.runs_between(all()),
-        order: Order::ZERO,
-    }
-}
-
-/// Returns the frames of a set of frames that are in `frames`, which are not empty.
-#[link_section = ".init.text"]
-fn runs_in(set: &Set, frames: Frames) -> Ranges<'_, Direct> {
-    let last = Key::of_frame(frames.end().wrapping_sub(1));
-    Ranges {
-        runs: set.runs_between((Key::of_frame(frames.start()), last)),
-        order: Order::ZERO,
-    }
-}
-
-/// Returns a single frame.
-#[link_section = ".init.text"]
-fn one_frame(pfn: u64) -> Frames {
-    let frames = Pfn::new(pfn).and_then(|pfn| Frames::new(pfn, 1));
-    frames.unwrap_or(Frames::EMPTY)
-}
+static IN_USE: AtomicBool = AtomicBool::new(false);
 
 impl Takeover {
     /// Reads and checks the tree at `root`. Changes nothing. What is wrong with the tree is in
-    /// [`Census::refusal`].
+    /// [`Stats::refusal`].
+    ///
+    /// # Errors
+    ///
+    /// [`NoMemory`] if there is none for the sets.
     #[link_section = ".init.text"]
-    pub(crate) fn read(root: NodeAddr) -> Result<Self, NoMemory> {
+    pub(crate) fn read(memblock: Memblock, root: NodeAddr) -> Result<Self, NoMemory> {
+        // SAFETY: `check_tree()` looks at the tree before anything else does; the sets are made
+        // here.
+        let direct = unsafe { Direct::new() };
         let mut takeover = Self {
-            // SAFETY: It is charted before anything else.
-            tree: Tree::from_root(unsafe { Direct::new() }, root),
-            census: Census::default(),
+            memblock,
+            tree: Tree::from_root(direct, root),
+            stats: Stats::default(),
             ranges: 0,
             cycles: 0,
-            nodes: new_set()?,
-            held: new_set()?,
-            lost: new_set()?,
+            sets: Sets::new(direct)?,
             kept: 0,
-            closed: new_set()?,
-            raw: new_set()?,
-            mixed: new_set()?,
+            pending: Tree::new(direct)?,
+            uninit: Tree::new(direct)?,
+            shared: Tree::new(direct)?,
         };
-        let sets = Sets {
-            nodes: &takeover.nodes,
-            held: &takeover.held,
-            lost: &takeover.lost,
-        };
-        match kho_check::chart(&takeover.tree, &Memblock, sets) {
-            Ok(census) => {
-                takeover.census = census;
+        match kho_check::check_tree(&takeover.tree, &memblock, &takeover.sets) {
+            Ok(stats) => {
+                takeover.stats = stats;
                 Ok(takeover)
             }
             Err(error) => {
-                takeover.forget();
+                takeover.drop_sets();
                 Err(error)
             }
         }
     }
 
+    /// Returns whether the handover was refused: it is kept, if at all, but not restored.
+    #[link_section = ".init.text"]
+    pub(crate) fn is_refused(&self) -> bool {
+        self.stats.refusal.is_some()
+    }
+
     /// Returns whether all of `frames` was preserved. To be asked before [`Takeover::plan`].
     #[link_section = ".init.text"]
     pub(crate) fn has(&self, frames: Frames) -> bool {
-        kho_grain::has_all(&self.held, frames)
+        kho_grain::has_frames(&self.sets.reserved, frames)
     }
 
-    /// Decides what is withheld. Returns whether that is anything: nothing is kept of a handover
-    /// that was refused if the machine would have too little memory left.
+    /// Returns all frames there can be in a set.
     #[link_section = ".init.text"]
-    pub(crate) fn plan(&mut self) -> Result<bool, NoMemory> {
-        let refused = self.census.refusal.is_some();
-        if (refused || self.census.lost > 0) && self.leaves_enough() {
+    fn all_frames(&self) -> Frames {
+        Frames::between(0, self.memblock.ram_end())
+    }
+
+    /// Returns the grains of a set: runs, ascending, as frames.
+    #[link_section = ".init.text"]
+    fn all_of<'a>(&self, set: &'a Tree<Direct>) -> Ranges<'a, Direct> {
+        grains_in(set, 0..GRAIN.blocks_below(self.memblock.ram_end()))
+    }
+
+    /// Decides what is withheld, and notes its grains.
+    ///
+    /// # Errors
+    ///
+    /// [`NoMemory`] if there is none for the sets.
+    #[link_section = ".init.text"]
+    pub(crate) fn plan(&mut self) -> Result<Plan, NoMemory> {
+        let is_refused = self.is_refused();
+        if (is_refused || self.stats.lost > 0) && self.leaves_enough() {
             self.keep_lost()?;
-        } else if refused {
-            return Ok(false);
+        } else if is_refused {
+            return Ok(Plan::Drop);
         }
-        if !refused {
-            // The tree is read until late. A node that is itself preserved stays so.
-            for run in self.nodes.runs_between(all()) {
-                for i in 0..run.count {
-                    let node = Key::of_frame(run.first.get().wrapping_add(i));
-                    if !self.held.add(node)? {
-                        self.nodes.remove(node);
+        if !is_refused {
+            // Keep the old tree's nodes until the end. A node that is itself preserved stays
+            // preserved.
+            for run in self.sets.nodes.runs_between(self.all_frames().numbers()) {
+                for node in run.keys() {
+                    if !self.sets.reserved.add(node)? {
+                        self.sets.nodes.remove(node);
                     }
                 }
             }
         }
-        let (_, last) = all();
-        self.ranges = kho_grain::grains(&self.held, last, GRAIN, &self.closed)?;
-        let last = Key::of_frame(last.get() >> GRAIN.get());
-        let limit = kho_grain::region_limit(kho_memblock::total_frames());
-        kho_grain::coarsen(&self.closed, last, GRAIN, limit)?;
+        let (_, last) = self.all_frames().numbers();
+        self.ranges = kho_grain::add_grains(&self.sets.reserved, last, GRAIN, &self.pending)?;
+        let last = Grain::containing(last.get()).key();
+        let limit = kho_grain::region_limit(self.memblock.total_frames());
+        kho_grain::coarsen(&self.pending, last, GRAIN, limit)?;
         // From here on nothing may fail for lack of memory, as far as that can be avoided: what is
         // sorted later finds its leaves.
-        for run in self.closed.runs_between(all()) {
-            kho_grain::make_room(&self.raw, run)?;
-            kho_grain::make_room(&self.mixed, run)?;
+        for run in self.pending.runs_between((Key::MIN, last)) {
+            kho_grain::make_leaves(&self.uninit, run)?;
+            kho_grain::make_leaves(&self.shared, run)?;
         }
-        Ok(true)
+        Ok(Plan::Keep)
     }
 
     /// Returns whether a kernel can run with what is left if all is kept that was found.
     #[link_section = ".init.text"]
     fn leaves_enough(&self) -> bool {
         let mut free = 0u64;
-        for memory in kho_memblock::memory_frames() {
-            free = free.saturating_add(kho_memblock::free_frames(memory));
+        for memory in self.memblock.memory() {
+            free = free.saturating_add(self.memblock.free_frames(memory));
         }
-        let mut found = self.census.frames;
-        for frames in runs_of(&self.lost) {
+        let mut found = self.stats.frames;
+        for frames in frames_in(&self.sets.lost, self.all_frames()) {
             found = found.saturating_add(frames.count());
         }
-        let share = kho_memblock::total_frames() / FLOOR_SHARE;
+        let share = self.memblock.total_frames() / FLOOR_SHARE;
         free.saturating_sub(found) >= share.clamp(FLOOR, FLOOR_MOST)
     }
 
     /// Keeps the memory of blocks that cannot be taken over, as far as this boot has not used it.
     #[link_section = ".init.text"]
     fn keep_lost(&mut self) -> Result<(), NoMemory> {
-        for frames in runs_of(&self.lost) {
+        for frames in frames_in(&self.sets.lost, self.all_frames()) {
             let mut rest = frames;
-            while rest.count() > 0 {
-                let part = match Memblock.room(rest.start()) {
-                    Some(room) => {
-                        let part = room.both(rest);
-                        let again = kho_grain::fill(&self.held, part)?;
-                        self.kept = self.kept.saturating_add(part.count().wrapping_sub(again));
-                        part
+            while !rest.is_empty() {
+                let (part, kept) = match self.memblock.usable(rest.start()) {
+                    Some(usable) => {
+                        let part = usable.both(rest);
+                        let again = add_frames(&self.sets.reserved, part)?;
+                        (part, part.count().saturating_sub(again))
                     }
-                    None => {
-                        let (scratch, kept) = kho_memblock::keep_scratch(rest);
-                        self.kept = self.kept.saturating_add(kept);
-                        scratch
-                    }
+                    None => self.memblock.keep_scratch(rest),
                 };
-                rest = rest.tail(part.count());
+                self.kept = self.kept.saturating_add(kept);
+                rest = rest.from(part.end());
             }
         }
-        if self.census.refusal.is_some() {
-            self.kept = self.kept.saturating_add(self.census.frames);
+        if self.is_refused() {
+            self.kept = self.kept.saturating_add(self.stats.frames);
         }
         Ok(())
     }
 
-    /// Returns the memory that is held, in whole grains: runs of frames, ascending.
+    /// Returns the memory that is withheld, in whole grains: runs of frames, ascending.
     #[link_section = ".init.text"]
     pub(crate) fn busy(&self) -> Ranges<'_, Direct> {
-        frames_of(&self.closed)
+        self.all_of(&self.pending)
     }
 
-    /// Forgets everything; what was reserved stays so.
+    /// Frees the sets; what was reserved stays so.
     #[link_section = ".init.text"]
-    pub(crate) fn forget(self) {
-        for set in [
-            self.nodes,
-            self.held,
-            self.lost,
-            self.closed,
-            self.raw,
-            self.mixed,
-        ] {
-            set.destroy();
-        }
-        kho_nodemem::drain_pool();
+    pub(crate) fn drop_sets(self) {
+        self.sets.destroy();
+        self.pending.destroy();
+        self.uninit.destroy();
+        self.shared.destroy();
+        kho_nodemem::drain_pool(self.memblock);
     }
 
-    /// Reserves everything that is held, or leaves memory as it was.
+    /// Reserves everything that is withheld, or leaves memory as it was.
+    ///
+    /// # Errors
+    ///
+    /// Why memory could not be reserved.
     #[link_section = ".init.text"]
-    pub(crate) fn take(self) -> Result<&'static Self, Refusal> {
-        let mut reached = 0u64;
+    pub(crate) fn commit(self) -> Result<&'static Self, Refusal> {
+        let mut reached = 0;
         if let Err(refusal) = self.reserve(&mut reached) {
-            // What is in mixed grains stays reserved: it cannot be told from what is others'.
-            for frames in frames_of(&self.closed) {
-                let frames = frames.head(reached.saturating_sub(frames.start()));
-                kho_memblock::release(frames);
+            // What is in shared grains stays reserved: it cannot be told from what is others'.
+            for frames in self.busy() {
+                self.memblock.unreserve(frames.until(reached));
             }
-            self.forget();
+            self.drop_sets();
             return Err(refusal);
         }
-        for frames in frames_of(&self.mixed) {
-            for number in grain_numbers(frames) {
-                self.adopt(grain_frames(number));
+        for frames in self.all_of(&self.shared) {
+            for grain in Grain::touching(frames) {
+                self.mark_blocks(grain);
             }
         }
         let takeover = &raw mut TAKEOVER;
-        // SAFETY: Early boot; nobody looks at it before the next line.
+        // SAFETY: Nobody looks at it before the next line.
         let takeover = unsafe { (*takeover).insert(self) };
-        PENDING.store(true, Ordering::Relaxed);
+        IN_USE.store(true, Ordering::Relaxed);
         Ok(takeover)
     }
 
@@ -361,24 +333,25 @@ impl Takeover {
     /// that went well.
     ///
     /// What is found free is reserved before anything is allocated. So this need not rely on
-    /// allocations keeping away from grains, as they do: none is in memory that is scratch.
+    /// allocations keeping away from grains, as they do: no grain is in memory that is scratch.
     #[link_section = ".init.text"]
     fn reserve(&self, reached: &mut u64) -> Result<(), Refusal> {
-        for frames in frames_of(&self.closed) {
+        for frames in self.busy() {
             let mut rest = frames;
-            while rest.count() > 0 {
+            while !rest.is_empty() {
                 *reached = rest.start();
-                let free = kho_memblock::first_free(rest).unwrap_or(rest.tail(rest.count()));
-                let whole = grains_inside(kho_mm::in_one_zone(free));
-                if whole.count() > 0 && whole.start() == rest.start() {
-                    kho_memblock::reserve(whole)?;
+                let free = self.memblock.first_free(rest).unwrap_or(Frames::EMPTY);
+                let whole = kho_mm::in_one_zone(free).whole_blocks(GRAIN);
+                if !whole.is_empty() && whole.start() == rest.start() {
+                    self.memblock.reserve(whole)?;
                     *reached = whole.end();
-                    self.note_raw(whole)?;
-                    rest = rest.tail(whole.count());
+                    self.note_uninit(whole)?;
+                    rest = rest.from(whole.end());
                 } else {
                     // A run of grains starts with one.
-                    self.mix(rest.start() >> GRAIN.get())?;
-                    rest = rest.tail(GRAIN.pages());
+                    let grain = Grain::containing(rest.start());
+                    self.reserve_shared(grain)?;
+                    rest = rest.from(grain.frames().end());
                 }
             }
         }
@@ -387,86 +360,80 @@ impl Takeover {
 
     /// Notes which of some grains, which are on one node, have no struct pages yet.
     #[link_section = ".init.text"]
-    fn note_raw(&self, grains: Frames) -> Result<(), NoMemory> {
-        if grains.count() > 0 {
-            let from = kho_mm::first_deferred(kho_mm::nid_of(grains.start()));
-            let raw = grains.tail(from.saturating_sub(grains.start()));
-            let first = Pfn::new(raw.start().wrapping_shr(GRAIN.get()));
-            let count = raw.count().wrapping_shr(GRAIN.get());
-            if let Some(numbers) = first.and_then(|first| Frames::new(first, count)) {
-                kho_grain::fill(&self.raw, numbers)?;
-            }
-        }
-        Ok(())
+    fn note_uninit(&self, grains: Frames) -> Result<(), NoMemory> {
+        let deferred = grains.from(kho_mm::first_deferred(kho_mm::nid_of(grains.start())));
+        let numbers = Grain::numbers_in(deferred);
+        add_frames(&self.uninit, Frames::between(numbers.start, numbers.end)).map(|_| ())
     }
 
-    /// Reserves what is free in a mixed grain and initialises its struct pages. All else that is
-    /// not held becomes so: it is not ours to give back.
+    /// Reserves what is free in a shared grain and initialises its struct pages. All else becomes
+    /// reserved as well: it is not takeover's to give back.
     #[link_section = ".init.text"]
-    fn mix(&self, number: u64) -> Result<(), Refusal> {
-        let (key, grain) = (Key::of_frame(number), grain_frames(number));
-        self.closed.remove(key);
-        self.mixed.add(key)?;
-        // A grain has one leaf, so that filling it needs no memory later.
-        self.held.leaf(Key::of_frame(grain.start()))?;
-        // Memory that was preserved may be reserved already, by a user who knows where it is.
-        for frames in runs_in(&self.held, grain) {
-            if kho_memblock::is_reserved(frames) {
-                kho_memblock::mark_noinit(frames)?;
-                kho_mm::init_deferred(frames);
+    fn reserve_shared(&self, grain: Grain) -> Result<(), Refusal> {
+        let (memblock, reserved) = (self.memblock, &self.sets.reserved);
+        let frames = grain.frames();
+        self.pending.remove(grain.key());
+        self.shared.add(grain.key())?;
+        // A grain has one leaf, so that adding its frames needs no memory later.
+        reserved.leaf(Key::of_frame(frames.start()))?;
+        // Memory that was preserved may be reserved already, by a user that knows where it is.
+        for preserved in frames_in(reserved, frames) {
+            if memblock.is_reserved(preserved) {
+                memblock.mark_noinit(preserved)?;
+                kho_mm::init_deferred(preserved);
             }
         }
-        for frames in runs_in(&self.nodes, grain) {
-            for pfn in frames.start()..frames.end() {
-                let key = Key::of_frame(pfn);
-                if kho_memblock::is_reserved(one_frame(pfn)) {
-                    self.nodes.remove(key);
+        for run in self.sets.nodes.runs_between(frames.numbers()) {
+            for node in run.keys() {
+                let pfn = node.get();
+                if memblock.is_reserved(Frames::between(pfn, pfn.saturating_add(1))) {
+                    self.sets.nodes.remove(node);
                 }
             }
         }
-        let mut rest = grain;
-        while rest.count() > 0 {
-            let free = kho_memblock::first_free(rest).unwrap_or(rest.tail(rest.count()));
-            let others = rest.head(free.start().wrapping_sub(rest.start()));
-            kho_grain::fill(&self.held, others)?;
-            kho_memblock::reserve(free)?;
+        let mut rest = frames;
+        while !rest.is_empty() {
+            let free = memblock.first_free(rest).unwrap_or(rest.from(rest.end()));
+            add_frames(reserved, rest.until(free.start()))?;
+            memblock.reserve(free)?;
             kho_mm::init_deferred(free);
-            rest = rest.tail(free.end().wrapping_sub(rest.start()));
+            rest = rest.from(free.end());
         }
         Ok(())
     }
 
-    /// Makes the blocks that start in a grain restorable, unless the handover was refused.
+    /// Marks the blocks that start in a grain, so that they can be restored; unless the handover
+    /// was refused.
     ///
     /// Memory that several blocks claim goes to the largest of them: the others are not marked, so
     /// that no frame can be restored twice.
     #[link_section = ".init.text"]
-    fn adopt(&self, grain: Frames) {
-        if self.census.refusal.is_some() {
+    fn mark_blocks(&self, grain: Grain) {
+        if self.is_refused() {
             return;
         }
-        // SAFETY: Nothing is done with it but where blocks were charted, which are RAM.
-        let Some(page) = (unsafe { Page::of(grain.start()) }) else {
+        let frames = grain.frames();
+        // SAFETY: Nothing is done with it but for blocks that were found to be RAM.
+        let Some(page) = (unsafe { Page::of(frames.start()) }) else {
             return;
         };
-        for (order, _) in self.census.orders() {
-            let Some((first, last)) = kho_grain::keys(grain, order) else {
+        for (order, _) in self.stats.orders() {
+            let Some((first, last)) = frames.keys(order) else {
                 continue;
             };
             // A grain has no more blocks of an order than a leaf has bits, and both are aligned.
             let Some(leaf) = self.tree.find_leaf(first) else {
                 continue;
             };
-            for (key, word) in leaf.words_between(first, last) {
-                let mut rest = word;
-                while rest != 0 {
-                    let key = Key::new(key | u64::from(rest.trailing_zeros()));
-                    if let Some(block) = key.and_then(Key::block).filter(|it| self.is_whole(*it)) {
-                        let index = block.pfn().get().wrapping_sub(grain.start());
-                        // SAFETY: The struct pages of a grain are adjacent.
-                        unsafe { page.nth(index as usize) }.mark(Mark::Preserved, order);
-                    }
-                    rest &= rest.wrapping_sub(1);
+            for (first, word) in leaf.words_between(first, last) {
+                for bit in bits(word) {
+                    let block = Key::new(first | bit).and_then(Key::block);
+                    let Some(block) = block.filter(|block| self.is_whole(*block)) else {
+                        continue;
+                    };
+                    let index = block.pfn().get().saturating_sub(frames.start());
+                    // SAFETY: The block starts in the grain, whose struct pages are adjacent.
+                    unsafe { page.nth(index as usize) }.mark(Mark::Preserved, order);
                 }
             }
         }
@@ -476,152 +443,135 @@ impl Takeover {
     #[link_section = ".init.text"]
     #[inline]
     fn is_whole(&self, block: Block) -> bool {
-        (self.census.lost == 0 || kho_check::is_usable(&Memblock, Frames::of_block(block)))
-            && (self.census.overlap.is_none()
-                || !kho_check::is_claimed(&self.tree, &self.census, &Memblock, block))
+        let machine = &self.memblock;
+        (self.stats.lost == 0 || kho_check::is_usable(machine, Frames::of_block(block)))
+            && (self.stats.overlap.is_none()
+                || !kho_check::is_claimed(&self.tree, &self.stats, machine, block))
     }
 
-    /// Gives what is not held in `frames` to the page allocator.
+    /// Gives what is not reserved in `frames` to the page allocator.
     #[link_section = ".init.text"]
     fn free_gaps(&self, frames: Frames) {
         let mut count = 0u64;
-        for block in Gaps::new(&self.held, frames, GRAIN) {
+        for block in Gaps::new(&self.sets.reserved, frames, GRAIN) {
             kho_mm::free_block(block.pfn().get(), block.order());
-            count = count.wrapping_add(block.order().pages());
+            count = count.saturating_add(block.order().pages());
         }
         kho_mm::add_memory(count);
     }
 
-    /// Makes sure that the struct pages of a grain are initialised, makes its blocks restorable,
-    /// and gives back the rest; unless that has been done, or it is a mixed one.
+    /// Makes sure that the struct pages of a grain are initialised, marks its blocks, and gives
+    /// back the rest; unless that has been done, or it is shared.
     #[link_section = ".init.text"]
-    fn open(&self, number: u64) {
-        let (key, grain) = (Key::of_frame(number), grain_frames(number));
-        if self.closed.remove(key) == Removal::Absent {
+    fn release(&self, grain: Grain) {
+        if self.pending.remove(grain.key()) == Removal::Absent {
             return;
         }
-        if self.raw.contains(key) {
-            kho_mm::init_grain(grain);
+        if self.uninit.contains(grain.key()) {
+            kho_mm::init_grain(grain.frames());
         }
-        self.adopt(grain);
-        self.free_gaps(grain);
+        self.mark_blocks(grain);
+        self.free_gaps(grain.frames());
     }
 
-    /// Opens the grains that have anything to give back and need no more struct pages for it: those
-    /// below the first deferred page of their node.
+    /// Releases the grains that have anything to give back and need no more struct pages for it:
+    /// those below the first deferred page of their node.
     #[link_section = ".init.text"]
-    fn open_early(&self) {
-        for frames in frames_of(&self.closed) {
+    fn release_early(&self) {
+        for frames in self.busy() {
             let mut rest = frames;
-            while rest.count() > 0 {
-                // No grain that is closed has a border in it.
-                let part = kho_memblock::in_one_region(rest);
-                let end = kho_mm::first_deferred(kho_mm::nid_of(part.start()));
-                let early = part.head(end.saturating_sub(part.start()));
-                for number in grain_numbers(grains_inside(early)) {
-                    if !kho_grain::has_all(&self.held, grain_frames(number)) {
-                        self.open(number);
+            while !rest.is_empty() {
+                // No grain that is pending has a border in it.
+                let part = self.memblock.in_one_region(rest);
+                let early = part.until(kho_mm::first_deferred(kho_mm::nid_of(part.start())));
+                for grain in Grain::numbered(Grain::numbers_in(early)) {
+                    if !self.has(grain.frames()) {
+                        self.release(grain);
                     }
                 }
-                rest = rest.tail(part.count());
+                rest = rest.from(part.end());
             }
         }
-        self.open_mixed(kho_mm::first_deferred_of_all());
+        self.release_shared(kho_mm::first_deferred_of_all());
     }
 
-    /// Opens all grains.
+    /// Releases all grains.
     #[link_section = ".init.text"]
-    fn open_all(&self) {
-        for frames in frames_of(&self.closed) {
-            for number in grain_numbers(frames) {
-                self.open(number);
+    fn release_all(&self) {
+        for frames in self.busy() {
+            for grain in Grain::touching(frames) {
+                self.release(grain);
             }
         }
-        self.open_mixed(u64::MAX);
+        self.release_shared(u64::MAX);
     }
 
-    /// Gives back the gaps of the mixed grains below frame `end`, whose surroundings have struct
-    /// pages as well.
+    /// Releases the shared grains below frame `end`, whose surroundings have struct pages as well.
     #[link_section = ".init.text"]
-    fn open_mixed(&self, end: u64) {
-        for frames in frames_of(&self.mixed) {
-            for number in grain_numbers(frames) {
-                let mut rest = grain_frames(number);
+    fn release_shared(&self, end: u64) {
+        for frames in self.all_of(&self.shared) {
+            for grain in Grain::touching(frames) {
+                let mut rest = grain.frames();
                 if rest.end() > end {
                     continue;
                 }
-                self.mixed.remove(Key::of_frame(number));
-                while rest.count() > 0 {
-                    let part = kho_mm::in_one_zone(kho_memblock::in_one_region(rest));
+                self.shared.remove(grain.key());
+                while !rest.is_empty() {
+                    let part = kho_mm::in_one_zone(self.memblock.in_one_region(rest));
                     self.free_gaps(part);
-                    rest = rest.tail(part.count());
+                    rest = rest.from(part.end());
                 }
             }
         }
     }
 
-    /// Opens the grains that are wholly in a span of frames, on all CPUs.
+    /// Releases the grains that are wholly in a span of frames, on all CPUs.
     #[link_section = ".init.text"]
-    fn open_in_parallel(&self, span: Range<u64>) {
-        let count = span.end.wrapping_sub(span.start);
-        let Some(frames) = Pfn::new(span.start).and_then(|start| Frames::new(start, count)) else {
-            return;
-        };
-        let Range { start, end } = grain_numbers(grains_inside(frames));
-        if start < end && self.closed_between(start, end).next().is_some() {
+    fn release_in_parallel(&self, span: Frames) {
+        let numbers = Grain::numbers_in(span);
+        if grains_in(&self.pending, numbers.clone()).next().is_some() {
             // SAFETY: Spans are worked on one after the other, and each chunk of one is another
             // part of it.
             unsafe {
                 bindings::kho_glue_in_parallel(
-                    Some(open_chunk),
-                    start as usize,
-                    end as usize,
+                    Some(release_chunk),
+                    numbers.start as usize,
+                    numbers.end as usize,
                     CHUNK,
                 )
             };
         }
     }
 
-    /// Returns the grains to be opened from number `start` to before `end`, which is larger.
-    #[link_section = ".init.text"]
-    fn closed_between(&self, start: u64, end: u64) -> Ranges<'_, Direct> {
-        let last = Key::of_frame(end.wrapping_sub(1));
-        Ranges {
-            runs: self.closed.runs_between((Key::of_frame(start), last)),
-            order: GRAIN,
-        }
-    }
-
     /// Frees the nodes of the tree, and what was needed to know all this.
     #[link_section = ".init.text"]
     fn finish(self) {
-        if self.census.refusal.is_some() {
-            // The nodes were not held.
-            return self.forget();
-        }
-        let mut count = 0u64;
-        for run in self.nodes.runs_between(all()) {
-            for i in 0..run.count {
-                kho_mm::free_block(run.first.get().wrapping_add(i), Order::ZERO);
+        if !self.is_refused() {
+            let mut count = 0u64;
+            for frames in frames_in(&self.sets.nodes, self.all_frames()) {
+                for pfn in frames.start()..frames.end() {
+                    kho_mm::free_block(pfn, Order::ZERO);
+                }
+                count = count.saturating_add(frames.count());
             }
-            count = count.wrapping_add(run.count);
+            kho_mm::add_memory(count);
         }
-        kho_mm::add_memory(count);
-        self.forget();
+        self.drop_sets();
     }
 }
 
 /// Returns what was taken over, while something has not been given back.
 #[link_section = ".init.text"]
-fn pending() -> Option<&'static Takeover> {
+fn current() -> Option<&'static Takeover> {
     let takeover = &raw const TAKEOVER;
-    // SAFETY: See the static.
+    // SAFETY: It is written by `commit()`, before anybody asks, and by `finish()`, when nobody
+    // does any more.
     unsafe { (*takeover).as_ref() }
 }
 
 #[link_section = ".init.text"]
 fn finish() {
-    PENDING.store(false, Ordering::Relaxed);
+    IN_USE.store(false, Ordering::Relaxed);
     // SAFETY: No caller that restores is running yet, and no chunk is being worked on.
     if let Some(takeover) = unsafe { (&raw mut TAKEOVER).replace(None) } {
         takeover.finish();
@@ -632,12 +582,12 @@ fn finish() {
 #[link_section = ".init.text"]
 pub(crate) fn init_free() {
     kho_nodemem::set_buddy_is_up();
-    let Some(takeover) = pending() else { return };
+    let Some(takeover) = current() else { return };
     if cfg!(CONFIG_DEFERRED_STRUCT_PAGE_INIT) {
-        takeover.open_early();
+        takeover.release_early();
     } else {
         // There is no init_late().
-        takeover.open_all();
+        takeover.release_all();
         finish();
     }
 }
@@ -645,45 +595,46 @@ pub(crate) fn init_free() {
 /// Initialises struct pages and gives back the rest, on all CPUs.
 #[link_section = ".init.text"]
 pub(crate) fn init_late() {
-    let Some(takeover) = pending() else { return };
+    let Some(takeover) = current() else { return };
     // Regions that touch differ in flags or node, which makes no difference here.
-    let mut span = 0..0;
-    for region in kho_memblock::memory_frames() {
-        if region.start() != span.end {
-            takeover.open_in_parallel(span);
-            span = region.start()..region.start();
+    let mut span = Frames::EMPTY;
+    for region in takeover.memblock.memory() {
+        if region.start() != span.end() {
+            takeover.release_in_parallel(span);
+            span = region;
         }
-        span.end = region.end();
+        span = Frames::between(span.start(), region.end());
     }
-    takeover.open_in_parallel(span);
-    takeover.open_mixed(u64::MAX);
+    takeover.release_in_parallel(span);
+    takeover.release_shared(u64::MAX);
     finish();
 }
 
 /// Grains that one CPU works on at a time: 128 MiB where a grain has 4 MiB.
 const CHUNK: usize = 32;
 
-/// Opens the grains from number `start` to before `end`.
+/// Releases the grains from number `start` to before `end`.
 ///
 /// # Safety
 ///
 /// Nobody else may be working on these grains.
 #[link_section = ".init.text"]
-unsafe extern "C" fn open_chunk(start: usize, end: usize, _arg: *mut c_void) {
-    let Some(takeover) = pending() else { return };
-    for frames in takeover.closed_between(start as u64, end as u64) {
-        for number in grain_numbers(frames) {
-            takeover.open(number);
-            // SAFETY: A thread of its own.
+unsafe extern "C" fn release_chunk(start: usize, end: usize, _arg: *mut c_void) {
+    let Some(takeover) = current() else { return };
+    for frames in grains_in(&takeover.pending, start as u64..end as u64) {
+        for grain in Grain::touching(frames) {
+            takeover.release(grain);
+            // SAFETY: padata calls this in a thread that holds no lock.
             unsafe { bindings::kho_glue_cond_resched() };
         }
     }
 }
 
-/// Returns whether [`settle`] has anything to do.
+/// Returns whether [`ensure_initialised`] has anything to do.
+// Always inlined: it is on the path of every folio that is restored.
 #[inline(always)]
 pub(crate) fn is_pending() -> bool {
-    PENDING.load(Ordering::Relaxed)
+    IN_USE.load(Ordering::Relaxed)
 }
 
 /// Makes sure that the struct pages of `frames` are initialised, before anything there is
@@ -692,19 +643,21 @@ pub(crate) fn is_pending() -> bool {
 /// That is so from `page_alloc_init_late()` on. Only an `early_initcall` can be earlier; these run
 /// one after the other.
 #[inline]
-pub(crate) fn settle(frames: Frames) {
+pub(crate) fn ensure_initialised(frames: Frames) {
     if is_pending() {
-        settle_now(frames);
+        release_around(frames);
     }
 }
 
-// As `__ref` in C: only called while there is `.init.text`.
+/// Releases the grains that have any of `frames`.
+// As `__ref` in C: only called while there is `.init.text`. Its own section would be lost where it
+// is inlined.
 #[cold]
 #[link_section = ".ref.text"]
 #[inline(never)]
-fn settle_now(frames: Frames) {
-    let Some(takeover) = pending() else { return };
-    for number in grain_numbers(frames) {
-        takeover.open(number);
+fn release_around(frames: Frames) {
+    let Some(takeover) = current() else { return };
+    for grain in Grain::touching(frames) {
+        takeover.release(grain);
     }
 }

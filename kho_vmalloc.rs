@@ -75,7 +75,7 @@ impl Chunk {
             .and_then(|frames| kho_pages::preserve_frames(frames).map(|()| frames));
         // INVARIANT: The page is ours.
         preserved.map(Self).inspect_err(|_| {
-            // SAFETY: As above.
+            // SAFETY: The page was just allocated, and could not be preserved.
             unsafe { kho_mm::free_page(phys) };
         })
     }
@@ -140,22 +140,22 @@ impl Chunk {
 ///
 /// # Errors
 ///
-/// `EINVAL` if there is no area, `EOPNOTSUPP` if it is none that the next kernel could make again;
+/// `EINVAL` if there is no area, `EOPNOTSUPP` if the next kernel could not make one like it;
 /// else as [`kho_pages::preserve`].
 pub(crate) fn preserve(ptr: *mut c_void) -> Result<bindings::kho_vmalloc> {
-    // SAFETY: Takes any address. The area stays: it is the caller's.
+    // SAFETY: `find_vm_area()` looks any address up. The area stays: it is the caller's.
     let area = unsafe { bindings::find_vm_area(ptr).as_ref() }.ok_or(EINVAL)?;
     if area.flags & !(ALLOC | HUGE_VMAP) != 0 {
         return Err(EOPNOTSUPP);
     }
-    // SAFETY: As above.
+    // SAFETY: The area is the one that was found, and is only read.
     let order = unsafe { bindings::get_vm_area_page_order(core::ptr::from_ref(area).cast_mut()) };
     let order = Order::new(order).ok_or(EINVAL)?;
     let total_pages = u32::try_from(area.nr_pages).map_err(|_| EOPNOTSUPP)?;
 
     let first = Chunk::new()?;
-    if let Err(error) = fill(first, area, order) {
-        // SAFETY: `fill()` leaves a list of all that it preserved.
+    if let Err(error) = preserve_list(first, area, order) {
+        // SAFETY: `preserve_list()` leaves a list of all that it preserved.
         unsafe { unpreserve_list(first.0.phys(), order) };
         return Err(error);
     }
@@ -174,7 +174,7 @@ pub(crate) fn preserve(ptr: *mut c_void) -> Result<bindings::kho_vmalloc> {
 }
 
 /// Preserves the pages of `area` and lists them from `first` on.
-fn fill(first: Chunk, area: &bindings::vm_struct, order: Order) -> Result {
+fn preserve_list(first: Chunk, area: &bindings::vm_struct, order: Order) -> Result {
     let mut chunk = first;
     let mut index = 0usize;
     let step = order.pages() as usize;
@@ -183,13 +183,13 @@ fn fill(first: Chunk, area: &bindings::vm_struct, order: Order) -> Result {
         // SAFETY: The area has that many pages, and the caller keeps it.
         let frames = unsafe { kho_mm::page_frames(*area.pages.add(i), step) }.ok_or(EINVAL)?;
         kho_pages::preserve_frames(frames)?;
-        // As C does, a chunk is followed by another one as soon as it is full.
         if !chunk.set_entry(index, frames.phys()) {
             kho_pages::unpreserve_frames(frames);
             return Err(EINVAL);
         }
-        i = i.wrapping_add(step);
-        index = index.wrapping_add(1);
+        i = i.saturating_add(step);
+        index = index.saturating_add(1);
+        // As C does, a chunk is followed by another one as soon as it is full.
         if index == bindings::KHO_VMALLOC_SIZE {
             let next = Chunk::new()?;
             chunk.set_next(next);
@@ -241,13 +241,13 @@ unsafe fn unpreserve_list(first: u64, order: Order) {
 /// # Invariants
 ///
 /// `chunks` chunks from `first` on are claimed, and so are the blocks that make up the first
-/// `count` pages of `pages`, an array of `room` entries.
+/// `count` pages of `pages`, an array of `capacity` entries.
 struct Claimed {
     first: u64,
     order: Order,
     chunks: u64,
     pages: NonNull<*mut bindings::page>,
-    room: usize,
+    capacity: usize,
     count: usize,
 }
 
@@ -255,19 +255,19 @@ impl Claimed {
     /// Claims the list that starts at `first`, whose entries are of `order`, one of the page
     /// allocator's, and have `total` pages.
     fn new(first: u64, order: Order, total: u64) -> Option<Self> {
-        // SAFETY: A number.
+        // SAFETY: It is set while booting, and does not change when this can be called.
         let limit = unsafe { bindings::max_pfn } as u64;
         // Memory for the array is not asked for if there cannot be as many pages.
-        let room = Some(total).filter(|total| (1..=limit).contains(total))? as usize;
-        // SAFETY: Takes any number.
-        let pages = NonNull::new(unsafe { bindings::kho_glue_alloc_pages_array(room) })?;
+        let capacity = Some(total).filter(|total| (1..=limit).contains(total))? as usize;
+        // SAFETY: The size is bounded, and the caller may sleep.
+        let pages = NonNull::new(unsafe { bindings::kho_glue_alloc_pages_array(capacity) })?;
         // INVARIANT: Nothing is claimed yet.
         let mut claimed = Self {
             first,
             order,
             chunks: 0,
             pages,
-            room,
+            capacity,
             count: 0,
         };
         let mut next = first;
@@ -278,7 +278,7 @@ impl Claimed {
             // INVARIANT: What was preserved is RAM, and nobody else has it now. What is in it is
             // not relied on.
             let chunk = Chunk(frames);
-            claimed.chunks = claimed.chunks.wrapping_add(1);
+            claimed.chunks = claimed.chunks.saturating_add(1);
             for phys in chunk.entries() {
                 if *phys == 0 {
                     break;
@@ -287,24 +287,24 @@ impl Claimed {
             }
             next = chunk.next();
         }
-        (claimed.count == room).then_some(claimed)
+        (claimed.count == capacity).then_some(claimed)
     }
 
     /// Claims `frames`, and lists them.
     fn add(&mut self, frames: Frames) -> Option<()> {
         let pages = frames.count() as usize;
-        if pages > self.room.wrapping_sub(self.count) {
+        if pages > self.capacity.saturating_sub(self.count) {
             return None;
         }
         let first = kho_pages::claim(frames)?;
         for i in 0..pages {
             // SAFETY: The array has room for them, and they are one block of the page allocator's.
             unsafe {
-                let entry = self.pages.add(self.count.wrapping_add(i));
+                let entry = self.pages.add(self.count.saturating_add(i));
                 entry.write(first.nth(i).as_ptr());
             }
         }
-        self.count = self.count.wrapping_add(pages);
+        self.count = self.count.saturating_add(pages);
         Some(())
     }
 
@@ -320,7 +320,7 @@ impl Claimed {
                 break;
             };
             each(page, order);
-            i = i.wrapping_add(order.pages() as usize);
+            i = i.saturating_add(order.pages() as usize);
         }
     }
 

@@ -10,7 +10,7 @@
 //!
 //! [`Atomic`]: srctree/rust/kernel/sync/atomic.rs
 
-// The crate says whose: a model checker has atomics of its own.
+// The crate chooses them: a model checker brings its own.
 use super::atomic::{
     AtomicU64,
     Ordering, //
@@ -50,8 +50,8 @@ impl Word {
 
     /// Sets the bits of `mask` and returns the old word (`atomic64_fetch_or_relaxed()`).
     ///
-    /// Bits order nothing between CPUs: who may preserve or give up a block is the caller's to
-    /// know, as for any flag on that memory.
+    /// Bits order nothing between CPUs: callers have to agree on who preserves or gives up a block,
+    /// as for any flag on that memory.
     #[inline(always)]
     pub(crate) fn set(&self, mask: u64) -> u64 {
         self.0.fetch_or(mask, Ordering::Relaxed)

@@ -400,13 +400,13 @@ fn single(pattern: &'static str, keys: &[Key], repeat: u32) -> Vec<Line> {
             arena: &memory,
             hints: &set_hints,
         };
-        let chart = timed(|| {
+        let check = timed(|| {
             let sets = kho_check::Sets::new(cpu).unwrap();
             let stats = kho_check::check_tree(&tree, &Machine, &sets).unwrap();
             assert_eq!(stats.frames, keys.len() as u64);
         });
         keep(&mut ours[..3], &times);
-        keep(&mut ours[3..], &[contains, visit, runs, chart]);
+        keep(&mut ours[3..], &[contains, visit, runs, check]);
     }
     let works = [
         "first add",

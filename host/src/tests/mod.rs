@@ -6,7 +6,7 @@
 //! That second implementation ([`abi`]) works on plain arrays of numbers, as the handover format
 //! is described; it shares no code and no constant with the core.
 
-mod chart;
+mod check_blocks;
 mod fdt;
 mod grains;
 mod key;
@@ -14,7 +14,7 @@ mod param;
 mod race;
 mod radix;
 mod range;
-mod takeover;
+mod check_nodes;
 
 use super::kho_key::{
     Block,

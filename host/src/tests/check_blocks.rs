@@ -20,7 +20,7 @@ use super::super::kho_grain::{
     has_frames, //
 };
 use super::super::PAGE_SHIFT;
-use super::takeover::{
+use super::check_nodes::{
     handed_over,
     node_mem,
     tree_at,
@@ -52,7 +52,7 @@ fn set_mem() -> Mem {
 }
 
 /// Checks a tree, with `reserved` in `mem` and other memory for all other sets.
-fn chart_in(
+fn check_in(
     tree: &Tree<&Mem>,
     machine: &Fake,
     (mem, reserved): (&Mem, &Tree<&Mem>),
@@ -86,8 +86,8 @@ fn has_larger(blocks: &[(u64, u32)], (pfn, of): (u64, u32)) -> bool {
     blocks.iter().any(around)
 }
 
-/// Charts `blocks` and compares all that is found with a model.
-fn chart_on(machine: &Fake, blocks: &[(u64, u32)]) {
+/// Checks `blocks` and compares all that is found with a model.
+fn check_on(machine: &Fake, blocks: &[(u64, u32)]) {
     let blocks: BTreeSet<(u64, u32)> = blocks.iter().copied().collect();
     let blocks: Vec<_> = blocks.into_iter().collect();
     let mem = node_mem();
@@ -102,7 +102,7 @@ fn chart_on(machine: &Fake, blocks: &[(u64, u32)]) {
     let before = dump(&mem, root);
     let memory = set_mem();
     let reserved = Tree::new(&memory).unwrap();
-    let stats = chart_in(&tree, machine, (&memory, &reserved)).unwrap();
+    let stats = check_in(&tree, machine, (&memory, &reserved)).unwrap();
     assert!(dump(&mem, root) == before, "the tree was changed");
 
     // Each frame is there once, in no more nodes than that takes.
@@ -148,7 +148,7 @@ fn chart_on(machine: &Fake, blocks: &[(u64, u32)]) {
 }
 
 fn chart_of(blocks: &[(u64, u32)]) {
-    chart_on(&Fake::new(), blocks);
+    check_on(&Fake::new(), blocks);
 }
 
 #[test]
@@ -205,8 +205,8 @@ fn all_nestings() {
     }
 }
 
-/// Blocks around the borders of leaves, of the tree and of the chart, as well as blocks that are
-/// one leaf of the chart, or several.
+/// Blocks around the borders of leaves, of the tree and of the set, as well as blocks that are
+/// one leaf of the set, or several.
 #[test]
 fn across_leaves() {
     let mut machine = Fake::new();
@@ -219,7 +219,7 @@ fn across_leaves() {
         let borders = [base, base + LEAF, base + (LEAF << of).min(3 * LEAF)];
         let around = |at: u64| (at - 10 * size..at + 10 * size).step_by(size as usize);
         let blocks = borders.into_iter().flat_map(around).map(|pfn| (pfn, of));
-        chart_on(&machine, &blocks.collect::<Vec<_>>());
+        check_on(&machine, &blocks.collect::<Vec<_>>());
     }
     let half = LEAF / 2;
     let large = [
@@ -231,7 +231,7 @@ fn across_leaves() {
         vec![(base + LEAF, 0), (base, bits + 2), (base + 2 * LEAF, bits)],
     ];
     for blocks in large {
-        chart_on(&machine, &blocks);
+        check_on(&machine, &blocks);
     }
 }
 
@@ -245,7 +245,7 @@ struct Found {
     kept: Vec<u64>,
 }
 
-/// Charts the blocks and returns the refusal, or what was found.
+/// Checks the blocks and returns the refusal, or what was found.
 fn result_of(machine: &Fake, mem: &Mem, root: u64) -> Result<Found, Refusal> {
     // What is lost may take more memory than there is.
     let (memory, more) = (set_mem(), set_mem());
@@ -396,7 +396,7 @@ fn lost_blocks_claim_nothing() {
     let tree = tree_at(&mem, handed_over(&mem, &blocks));
     let memory = set_mem();
     let reserved = Tree::new(&memory).unwrap();
-    let stats = chart_in(&tree, &machine, (&memory, &reserved)).unwrap();
+    let stats = check_in(&tree, &machine, (&memory, &reserved)).unwrap();
     assert_eq!((stats.lost, stats.overlap), (1, Some(0x4100)));
     let claimed = blocks.map(|(pfn, of)| is_claimed(&tree, &stats, &machine, block(pfn, of)));
     assert_eq!(claimed, [false, false, false, false, true]);
@@ -442,13 +442,13 @@ fn words_with_borders() {
 fn blocks_across_seams() {
     let mut machine = Fake::new();
     machine.seams = vec![0xc003, 0xc004, 0xc017, 0xc100, 0xd001];
-    chart_on(&machine, &[(0xc000, 12), (0xd000, 1), (0xe000, 0)]);
-    chart_on(
+    check_on(&machine, &[(0xc000, 12), (0xd000, 1), (0xe000, 0)]);
+    check_on(
         &machine,
         &[(0xc003, 0), (0xc004, 0), (0xc016, 1), (0xc0ff, 0)],
     );
     let pages: Vec<_> = (0xc000..0xc140).map(|pfn| (pfn, 0)).collect();
-    chart_on(&machine, &pages);
+    check_on(&machine, &pages);
     // A hole behind a seam is still one.
     machine.outside.push((0xc180, 0xc181));
     let mem = node_mem();
@@ -510,7 +510,7 @@ fn orders_that_share_a_leaf() {
     assert_eq!(result_of(&machine, &mem, root), Err(Refusal::Reach(0)));
 }
 
-/// A chart that runs out of memory, wherever that is, is an error and no more.
+/// A check that runs out of memory, wherever that is, is an error and no more.
 #[test]
 fn without_memory() {
     let pages = [(0x100, 0), (0xc000, 0), (0x2_8000, 0), (0x2_ff00, 0)];
@@ -529,7 +529,7 @@ fn without_memory() {
             let memory = set_mem();
             let reserved = Tree::new(&memory).unwrap();
             memory.budget.store(budget as i64, SeqCst);
-            let result = chart_in(&tree, &machine, (&memory, &reserved)).map(|stats| stats.frames);
+            let result = check_in(&tree, &machine, (&memory, &reserved)).map(|stats| stats.frames);
             let expected = match budget < needed {
                 true => Err(NoMemory),
                 false => Ok(frames.len() as u64),
@@ -545,7 +545,7 @@ fn without_memory() {
     }
 }
 
-/// The steps in the tree, those in the chart, and how often the machine was asked.
+/// The steps in the tree, those in the set, and how often the machine was asked.
 fn cost(blocks: &[(u64, u32)]) -> (u64, u64, u64) {
     let mem = node_mem();
     let root = handed_over(&mem, blocks);
@@ -553,7 +553,7 @@ fn cost(blocks: &[(u64, u32)]) -> (u64, u64, u64) {
     let reserved = Tree::new(&memory).unwrap();
     let machine = Fake::new();
     let before = (mem.steps.load(SeqCst), memory.steps.load(SeqCst));
-    let stats = chart_in(&tree_at(&mem, root), &machine, (&memory, &reserved)).unwrap();
+    let stats = check_in(&tree_at(&mem, root), &machine, (&memory, &reserved)).unwrap();
     assert_eq!(stats.frames, blocks.iter().map(|(_, of)| 1 << of).sum());
     (
         mem.steps.load(SeqCst) - before.0,
@@ -570,7 +570,7 @@ fn is_brief() {
     let machine = Fake::new();
     let depth = u64::from(abi::DEPTH);
     let leaves = NODES.div_ceil(LEAF);
-    // Each leaf of the chart is looked for, made, linked, and found.
+    // Each leaf of the set is looked for, made, linked, and found.
     let most = leaves * 6 * depth;
     let nodes = (1 + leaves) * depth;
     let mut pages = BTreeSet::new();
@@ -592,7 +592,7 @@ fn is_brief() {
     ] {
         let (tree, reserved, asked) = cost(&blocks);
         assert!(tree <= nodes, "{what}: {tree} steps in the tree");
-        assert!(reserved <= most + more, "{what}: {reserved} steps in the chart");
+        assert!(reserved <= most + more, "{what}: {reserved} steps in the set");
         // RAM is in three pieces.
         assert_eq!(asked, 3, "{what}");
     }

@@ -124,7 +124,7 @@ pub(super) fn tree_at(mem: &Mem, root: u64) -> Tree<&Mem> {
     Tree::from_root(mem, NodeAddr::new(root).unwrap())
 }
 
-/// Charts a tree with memory of its own; returns how many nodes there are, and the frames of all
+/// Checks a tree with memory of its own; returns how many nodes there are, and the frames of all
 /// that were met.
 fn met(mem: &Mem, root: u64, machine: &Fake) -> (Result<u64, Refusal>, Vec<u64>) {
     let memory = Mem::at(1 << 50, 2048);
