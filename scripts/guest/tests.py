@@ -1274,6 +1274,20 @@ def node_border(log):
 
 
 @test
+def atomic(log):
+    """R, cold: the kernel warns about callers that must not sleep, although nothing slept"""
+    with Guest(log, K) as guest:
+        done = guest.run(f"kho=on {API_USER} {'' if BREAK else 'kho_kunit_atomic'}", [""])
+    done.expect_line(1, "kho_kunit: atomic: done: 0")
+    text = done.kernels[0]
+    for what in "preserving", "giving up":
+        _, text = text.split(f"kho_kunit: atomic: {what}\n", 1)
+        said, *_ = text.split("kho_kunit: atomic: ")
+        expect(f"nothing was said of {what}", re.search(
+            r"BUG: sleeping function called from invalid context at \S*kho_glue\.c:", said))
+
+
+@test
 def every_way(log):
     """R -> R, memory that was preserved in every way that the API has"""
     with Guest(log, K) as guest:
@@ -1333,7 +1347,7 @@ def one(number, name):
     start = time.time()
     try:
         others = {"c-to-rust": (C,), "rust-to-c": (C,), "scatter-plain": (P,), "fewer-nodes": (C, P),
-                  "low-zones": (K,), "every-way": (K,), "node-border": (K,)}
+                  "low-zones": (K,), "every-way": (K,), "node-border": (K,), "atomic": (K,)}
         for kernel in {R, *others.get(name, ())}:
             expect(f"no {Path(kernel).name}_KERNEL", Path(kernel).exists())
         note = TESTS[name](log)
