@@ -5,12 +5,14 @@
  *
  *   kho_kunit_leave     preserve it, if nothing was handed over
  *   kho_kunit_borders   say which free blocks lie in two zones
+ *   kho_kunit_atomic    do what may sleep where that is a mistake
  *
  * Each word of that memory holds its own physical address.  Results are lines
  * in the log.  What is handed over to a kernel is taken back in any case.
  */
 #define pr_fmt(fmt) "kho_kunit: " fmt
 
+#include <linux/delay.h>
 #include <linux/gfp.h>
 #include <linux/init.h>
 #include <linux/io.h>
@@ -205,6 +207,49 @@ static int __init kho_kunit_init(void)
 	return err;
 }
 late_initcall(kho_kunit_init);
+
+static bool be_atomic __initdata;
+
+static int __init parse_atomic(char *arg)
+{
+	be_atomic = true;
+	return 1;
+}
+__setup("kho_kunit_atomic", parse_atomic);
+
+/* It need not sleep this time: the kernel is to notice that it might. */
+static int __init kho_kunit_atomic(void)
+{
+	struct folio *folio;
+	int err;
+
+	if (!be_atomic)
+		return 0;
+	folio = folio_alloc(GFP_KERNEL, 0);
+	if (!folio)
+		return -ENOMEM;
+	/* The tree's nodes are there after this. */
+	err = kho_preserve_folio(folio);
+	if (!err) {
+		kho_unpreserve_folio(folio);
+		pr_info("atomic: preserving\n");
+		preempt_disable();
+		err = kho_preserve_folio(folio);
+		preempt_enable();
+	}
+	if (!err) {
+		/* The kernel says it once a second only. */
+		ssleep(2);
+		pr_info("atomic: giving up\n");
+		preempt_disable();
+		kho_unpreserve_folio(folio);
+		preempt_enable();
+	}
+	pr_info("atomic: done: %d\n", err);
+	folio_put(folio);
+	return 0;
+}
+late_initcall(kho_kunit_atomic);
 
 /* Returns the number of pages on a free list that are not of its zone. */
 static unsigned long __init count_strangers(struct zone *zone, struct list_head *list,

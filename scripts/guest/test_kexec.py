@@ -1186,6 +1186,19 @@ def test_node_border(log, note):
     note(f"{counts[0]} grains")
 
 
+def test_atomic(log):
+    """R, cold: the kernel warns about callers that must not sleep, although nothing slept"""
+    with Guest(log, K) as guest:
+        done = guest.run(f"kho=on {API_USER} {spoilt('kho_kunit_atomic', '')}", [""])
+    done.expect_line(1, "kho_kunit: atomic: done: 0")
+    text = done.kernels[0]
+    for what in "preserving", "giving up":
+        _, text = text.split(f"kho_kunit: atomic: {what}\n", 1)
+        said, *_ = text.split("kho_kunit: atomic: ")
+        expect(f"nothing was said of {what}", re.search(
+            r"BUG: sleeping function called from invalid context at \S*kho_glue\.c:", said))
+
+
 def test_every_way(log):
     """R -> R, memory that was preserved in every way that the API has"""
     with Guest(log, K) as guest:

@@ -36,6 +36,8 @@
 #include "luo.h"
 
 #define PAGE		4096UL
+/* Seconds without a line from the VM that are too many even on a busy machine. */
+#define SILENCE		600
 /* The VM prints a line whenever it has done so many pages. */
 #define LINE_PAGES	256
 /* Lines before a kexec, and how many are shown of the first and of the later ones. */
@@ -244,6 +246,7 @@ static int read_output(void)
 	size_t len = strlen(partial);
 	char byte;
 
+	alarm(SILENCE);
 	while (read(output, &byte, 1) == 1) {
 		if (byte == '\n')
 			return 1;
@@ -259,6 +262,9 @@ static void take_line(int show)
 {
 	unsigned long count;
 
+	/* It says no more after that. */
+	if (!strncmp(partial, "BAD exception", 13))
+		errx(1, "the VM: %s", partial);
 	if (!strncmp(partial, "BAD", 3)) {
 		report("bad %s", partial);
 	} else if (sscanf(partial, "count %lu: round %*u, tick %lu", &count, &tick) == 2) {
@@ -279,7 +285,7 @@ static void take_line(int show)
 static void next_line(int show)
 {
 	if (!read_output())
-		errx(1, "QEMU ended, after: %s", partial);
+		errx(1, "QEMU ended after count %lu", info->count);
 	take_line(show);
 }
 
@@ -398,7 +404,7 @@ static void go_on(unsigned long init)
 	command("cont", "");
 	info->at[RUNNING] = now();
 	if (!read_output())
-		errx(1, "QEMU ended, after: %s", partial);
+		errx(1, "QEMU ended after count %lu", info->count);
 	info->at[FIRST] = now();
 	report("step going on from count %lu", last);
 	take_line(1);
@@ -471,8 +477,10 @@ int main(void)
 		snprintf(last, sizeof(last), "%s", line);
 	}
 	wait(&status);
-	if (status)
-		report("failed %s", last);
+	if (WIFSIGNALED(status) && WTERMSIG(status) == SIGALRM)
+		report("failed: no line from the VM for %d seconds", SILENCE);
+	else if (status)
+		report("failed: %s", last);
 	reboot(RB_POWER_OFF);
 	return 1;
 }
