@@ -528,14 +528,31 @@ impl<M: NodeMem> Tree<M> {
     /// Returns where the leaf for `key` is, or the level and entry where the way to it ends.
     #[inline(always)]
     fn locate(&self, key: Key) -> Result<NodeAddr, (u32, &Word)> {
+        // A step for each level there is: a loop is half as long again, and is the way of every
+        // key that does not follow the last one.
+        const _: () = assert!(ROOT <= 5);
         let mut addr = self.root;
-        let mut level = ROOT;
-        while level > 0 {
-            let entry = self.mem.node(addr).word(table_index(key, level));
-            addr = NodeAddr::new(entry.follow()).ok_or((level, entry))?;
-            level -= 1;
+        if ROOT >= 5 {
+            addr = self.child(addr, key, 5)?;
         }
-        Ok(addr)
+        if ROOT >= 4 {
+            addr = self.child(addr, key, 4)?;
+        }
+        if ROOT >= 3 {
+            addr = self.child(addr, key, 3)?;
+        }
+        if ROOT >= 2 {
+            addr = self.child(addr, key, 2)?;
+        }
+        self.child(addr, key, 1)
+    }
+
+    /// Returns where the way to `key` goes from the table at `addr`, which is at `level`, or that
+    /// level and the entry if it ends there.
+    #[inline(always)]
+    fn child(&self, addr: NodeAddr, key: Key, level: u32) -> Result<NodeAddr, (u32, &Word)> {
+        let entry = self.mem.node(addr).word(table_index(key, level));
+        NodeAddr::new(entry.follow()).ok_or((level, entry))
     }
 
     /// Returns the leaf for `key`, or the level and entry where the way to it ends.
@@ -727,19 +744,19 @@ impl<M: NodeMem> Tree<M> {
 
     /// Returns the leaf for `key`, made if need be. Nobody else may be in the tree.
     pub(crate) fn leaf(&self, key: Key) -> Result<&Node, NoMemory> {
-        if let Ok(leaf) = self.find(key) {
+        if let Some(leaf) = self.find_leaf(key) {
             return Ok(leaf);
         }
         self.add(key)?;
-        let leaf = self.find(key).map_err(|_| NoMemory)?;
+        let leaf = self.find_leaf(key).ok_or(NoMemory)?;
         leaf.word(leaf_index(key)).store(0);
         Ok(leaf)
     }
 
     /// Returns whether `key` is in the tree.
     pub(crate) fn contains(&self, key: Key) -> bool {
-        self.find(key)
-            .is_ok_and(|leaf| leaf.word(leaf_index(key)).load() & leaf_mask(key) != 0)
+        self.find_leaf(key)
+            .is_some_and(|leaf| leaf.word(leaf_index(key)).load() & leaf_mask(key) != 0)
     }
 
     /// Returns the first leaf that may hold keys from `from` to `last`, and the first key of
