@@ -396,22 +396,24 @@ impl<'a, M: NodeMem> Gaps<'a, M> {
     }
 
     /// Reads the next word; returns whether there is one.
-    #[link_section = ".init.text"]
+    // Always inlined: most words of large blocks are read in a loop and have no gaps.
+    #[inline(always)]
     fn next_word(&mut self) -> bool {
-        let part = self.rest.head_to(WORD_BITS);
-        if part.is_empty() {
+        let (start, end) = (self.rest.start(), self.rest.end());
+        if start == end {
             return false;
         }
-        let bit = part.start() % WORD_BITS;
-        if part.start() % LEAF_SIZE == 0 {
-            self.leaf = self.set.find_leaf(Key::of_frame(part.start()));
+        if start % LEAF_SIZE == 0 {
+            self.leaf = self.set.find_leaf(Key::of_frame(start));
         }
+        let bit = start % WORD_BITS;
+        let first = start ^ bit;
         let used = self
             .leaf
-            .map_or(0, |leaf| leaf.word(part.start() / WORD_BITS).load());
-        let bits = bits_between(bit, bit.saturating_add(part.count()));
-        self.word = (part.start() ^ bit, !used & bits);
-        self.rest = self.rest.from(part.end());
+            .map_or(0, |leaf| leaf.word(start / WORD_BITS).load());
+        let bits = bits_between(bit, end.saturating_sub(first));
+        self.word = (first, !used & bits);
+        self.rest = self.rest.from(first.saturating_add(WORD_BITS));
         true
     }
 

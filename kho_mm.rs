@@ -441,15 +441,21 @@ pub(crate) fn init_grain(grain: Frames) {
     const _: () =
         assert!(size_of::<bindings::page>() % size_of::<usize>() == 0 && LRU + 2 <= WORDS);
 
-    let (start, count) = (grain.start() as usize, grain.count() as usize);
+    const COUNT: usize = 1 << GRAIN_ORDER;
+
+    if grain.count() != COUNT as u64 {
+        return;
+    }
+    let start = grain.start() as usize;
     // SAFETY: The grain is RAM of one node whose struct pages are deferred, and nobody has any of
     // it. The struct pages of a block of the largest order are adjacent.
     unsafe {
         let first = bindings::kho_glue_pfn_to_page(start);
         bindings::kho_glue_init_deferred(first, start, nid_of(grain.start()));
         let words = first.cast::<[usize; WORDS]>().read();
-        for i in 1..count {
-            let page = first.add(i).cast::<usize>();
+        let mut page = first.cast::<usize>();
+        for _ in 1..COUNT {
+            page = page.add(WORDS);
             if let Ok([a, b, c, d, e, f, g, h]) = <[usize; 8]>::try_from(words.as_slice()) {
                 // The usual size, spelled out: with -Os a loop takes four times as long.
                 page.write(a);
@@ -467,7 +473,7 @@ pub(crate) fn init_grain(grain: Frames) {
             lru.write(lru as usize);
             lru.add(1).write(lru as usize);
         }
-        bindings::kho_glue_init_pageblocks(start, count);
+        bindings::kho_glue_init_pageblocks(start, COUNT);
     }
 }
 

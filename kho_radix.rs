@@ -126,9 +126,15 @@ impl Node {
             }
             rest = tail;
         }
-        (end.saturating_sub(rest.len() as u64)..end)
-            .zip(rest.iter().map(Word::load))
-            .find(|(_, value)| *value != 0)
+        let mut index = end.saturating_sub(rest.len() as u64);
+        for word in rest {
+            let value = word.load();
+            if value != 0 {
+                return Some((index, value));
+            }
+            index = index.saturating_add(1);
+        }
+        None
     }
 
     /// Returns the entries of a table from `index` to before `end` that are used, and where they
@@ -183,8 +189,7 @@ impl Node {
     pub(crate) fn set_range(&self, from: u64, count: u64) -> u64 {
         let end = from.saturating_add(count).min(LEAF_SIZE);
         let mut again = 0u64;
-        let mut set = |index: u64, mask: u64| {
-            let word = self.word(index);
+        let mut set = |word: &Word, mask: u64| {
             let old = word.load();
             word.store(old | mask);
             if old != 0 {
@@ -195,13 +200,18 @@ impl Node {
         let head = bits_between(from % WORD_BITS, WORD_BITS);
         let tail = bits_between(0, end % WORD_BITS);
         if first < last {
-            set(first, head);
-            for index in (first..last).skip(1) {
-                set(index, u64::MAX);
+            set(self.word(first), head);
+            let whole = self.words.get(first as usize + 1..last as usize);
+            for word in whole.unwrap_or(&[]) {
+                // Most of a large block is whole words that nobody has set.
+                match word.load() {
+                    0 => word.store(u64::MAX),
+                    _ => set(word, u64::MAX),
+                }
             }
-            set(last, tail);
+            set(self.word(last), tail);
         } else if from < end {
-            set(first, head & tail);
+            set(self.word(first), head & tail);
         }
         again
     }

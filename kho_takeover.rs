@@ -190,7 +190,8 @@ impl Takeover {
         self.stats.refusal.is_some()
     }
 
-    /// Returns whether all of `frames` was preserved. To be asked before [`Takeover::plan`].
+    /// Returns whether all of `frames` is reserved; before [`Takeover::plan`], whether it was
+    /// preserved.
     #[link_section = ".init.text"]
     pub(crate) fn has(&self, frames: Frames) -> bool {
         kho_grain::has_frames(&self.sets.reserved, frames)
