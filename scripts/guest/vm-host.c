@@ -31,6 +31,7 @@
 #include <sys/prctl.h>
 #include <sys/reboot.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 #include "luo.h"
@@ -92,10 +93,11 @@ static unsigned long argument(const char *name)
 	return text ? strtoul(text, NULL, 0) : 0;
 }
 
+static int result = -1;
+
 /* One line for the one who waits, and one in the log. */
 static void report(const char *format, ...)
 {
-	static int result = -1;
 	char line[512];
 	va_list args;
 	int len;
@@ -120,6 +122,23 @@ static void report(const char *format, ...)
 	if (write(result, line, len + 1) != len + 1)
 		warn("result");
 	printf("GUEST %.*s", len + 1, line);
+}
+
+/*
+ * A step, and what the counter was when the host of this guest noted that.  How fast it counts,
+ * the kernel does not know well if that host is busy.
+ */
+static void report_step(const char *text)
+{
+	unsigned long before = now(), after;
+	struct stat st;
+
+	report("step %s", text);
+	after = now();
+	if (fstat(result, &st))
+		err(1, "result");
+	report("clock %lu %lld.%09ld", before + (after - before) / 2,
+	       (long long)st.st_mtim.tv_sec, st.st_mtim.tv_nsec);
 }
 
 /* A file at a descriptor of our choice; of an old one there, QEMU has no copy. */
@@ -328,7 +347,7 @@ static void load_next(void)
 
 static void preserve_memory(void)
 {
-	report("step preserving the memory of the VM, which runs");
+	report_step("preserving the memory of the VM, which runs");
 	new_info();
 	session = session_open(LIVEUPDATE_IOCTL_CREATE_SESSION, "vm");
 	info->at[PRESERVE] = now();
@@ -419,7 +438,7 @@ static void begin(void)
 	place(memfd_create("memory", 0), "memory", RAM_FD);
 	if (ftruncate(RAM_FD, mem << 20))
 		err(1, "memory");
-	report("step starting the VM");
+	report_step("starting the VM");
 	start_qemu();
 }
 
