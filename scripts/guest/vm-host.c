@@ -31,6 +31,7 @@
 #include <sys/prctl.h>
 #include <sys/reboot.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 #include "luo.h"
@@ -40,25 +41,25 @@
 #define SILENCE		600
 /* The VM prints a line whenever it has done so many pages. */
 #define LINE_PAGES	256
-/* Lines before a kexec, and how many are shown of the first and of the later ones. */
+/* So many lines are waited for before a kexec, and shown; of later ones, one in so many. */
 #define LINES		4
 #define SHOWN_EACH	16
-/* So often it may go through its memory between two ticks. */
+/* It may go through its memory so many times between two ticks. */
 #define MOST_ROUNDS	20
 
-/* Descriptors that are out of the way of others; QEMU inherits all but the third. */
+/* Descriptors that are out of the way of others, and that QEMU inherits. */
 enum { RAM_FD = 100, STATE_FD, INFO_FD, NEW_STATE_FD, QMP_FD };
 /* The files of the session. */
 enum { RAM_TOKEN, STATE_TOKEN, INFO_TOKEN };
 
 /* Moments, as the time stamp counter says, which goes on through a kexec. */
 enum {
-	PRESERVE, PRESERVED, STOP, STOPPED, STATE, GONE, SAVED, KEXEC,
+	PRESERVE, PRESERVED, STOP, STOPPED, STATE, GONE, SAVED,
 	INIT, RETRIEVED, ANSWERS, LOADED, RUNNING, FIRST, MOMENTS
 };
 
 static const char * const moments[MOMENTS] = {
-	"preserve", "preserved", "stop", "stopped", "state", "gone", "saved", "kexec",
+	"preserve", "preserved", "stop", "stopped", "state", "gone", "saved",
 	"init", "retrieved", "answers", "loaded", "running", "first",
 };
 
@@ -92,15 +93,16 @@ static unsigned long argument(const char *name)
 	return text ? strtoul(text, NULL, 0) : 0;
 }
 
-/* One line for the one who waits, and one in the log. */
+static int result = -1;
+
+/* One line for the user of "make vm", and one in the log. */
 static void report(const char *format, ...)
 {
-	static int result = -1;
 	char line[512];
 	va_list args;
 	int len;
 
-	/* Not earlier: it would be part of the time that the VM stands still. */
+	/* Mounted with the first line, so not while the VM stands still. */
 	if (result < 0) {
 		const char *path = "/mnt/result";
 		int flags = O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC;
@@ -122,7 +124,24 @@ static void report(const char *format, ...)
 	printf("GUEST %.*s", len + 1, line);
 }
 
-/* A file at a descriptor of our choice; of an old one there, QEMU has no copy. */
+/*
+ * Reports a step, and what the counter was when the host of this guest took note of it.  Two of
+ * these give the rate of the counter; what the kernel measures may be wrong on a busy host.
+ */
+static void report_step(const char *text)
+{
+	unsigned long before = now(), after;
+	struct stat st;
+
+	report("step %s", text);
+	after = now();
+	if (fstat(result, &st))
+		err(1, "result");
+	report("clock %lu %lld.%09ld", before + (after - before) / 2,
+	       (long long)st.st_mtim.tv_sec, st.st_mtim.tv_nsec);
+}
+
+/* Moves a file to one of the descriptors above, in place of an old one. */
 static void place(int fd, const char *name, int at)
 {
 	if (fd < 0 || dup2(fd, at) != at)
@@ -135,7 +154,7 @@ static void new_info(void)
 {
 	struct info *old = info;
 
-	place(memfd_create("info", MFD_CLOEXEC), "info", INFO_FD);
+	place(memfd_create("info", 0), "info", INFO_FD);
 	if (ftruncate(INFO_FD, PAGE))
 		err(1, "info");
 	info = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, INFO_FD, 0);
@@ -218,7 +237,7 @@ static void start_qemu(void)
 	if (!qemu) {
 		int null = open("/dev/null", O_RDONLY);
 
-		/* Or the first process would wait for what this one still has to say. */
+		/* The first process reads errors until nobody can write any. */
 		if (prctl(PR_SET_PDEATHSIG, SIGKILL) ||
 		    dup2(sockets[1], QMP_FD) < 0 || dup2(pipes[1], 1) < 0 || dup2(null, 0) < 0)
 			err(1, "qemu");
@@ -328,7 +347,7 @@ static void load_next(void)
 
 static void preserve_memory(void)
 {
-	report("step preserving the memory of the VM, which runs");
+	report_step("preserving the memory of the VM, which runs");
 	new_info();
 	session = session_open(LIVEUPDATE_IOCTL_CREATE_SESSION, "vm");
 	info->at[PRESERVE] = now();
@@ -359,7 +378,6 @@ static void leave(void)
 	preserve_fd(session, NEW_STATE_FD, STATE_TOKEN);
 	preserve_fd(session, INFO_FD, INFO_TOKEN);
 	info->at[SAVED] = now();
-	info->at[KEXEC] = now();
 	reboot(RB_KEXEC);
 	err(1, "kexec");
 }
@@ -419,7 +437,7 @@ static void begin(void)
 	place(memfd_create("memory", 0), "memory", RAM_FD);
 	if (ftruncate(RAM_FD, mem << 20))
 		err(1, "memory");
-	report("step starting the VM");
+	report_step("starting the VM");
 	start_qemu();
 }
 
@@ -453,6 +471,7 @@ int main(void)
 	char line[256], last[256] = "it ended";
 	FILE *errors;
 	int pipes[2], status;
+	pid_t child;
 
 	stage = argument("kho_stage");
 	stages = argument("kho_stages");
@@ -463,7 +482,8 @@ int main(void)
 	    pipe2(pipes, O_CLOEXEC))
 		err(1, "init");
 	/* The first process has to stay, whatever fails, to say so. */
-	if (!fork()) {
+	child = fork();
+	if (!child) {
 		dup2(pipes[1], 2);
 		run(init);
 		report("done");
@@ -476,11 +496,13 @@ int main(void)
 		line[strcspn(line, "\n")] = 0;
 		snprintf(last, sizeof(last), "%s", line);
 	}
-	wait(&status);
+	waitpid(child, &status, 0);
 	if (WIFSIGNALED(status) && WTERMSIG(status) == SIGALRM)
-		report("failed: no line from the VM for %d seconds", SILENCE);
-	else if (status)
-		report("failed: %s", last);
+		snprintf(last, sizeof(last), "no line from the VM for %d seconds", SILENCE);
+	if (status) {
+		report("%s", last);
+		report("failed");
+	}
 	reboot(RB_POWER_OFF);
 	return 1;
 }

@@ -108,29 +108,35 @@ def through(log, kernels, mem="64M", broken=False, show=False):
         found = [line for line in found if line not in noticed]
     if found:
         raise Fail(f"the VM found: {found[0]}")
-    return [moments(run, stage, name) for stage, (name, _) in enumerate(kernels[1:], 2)]
+    rate = ticks_per_ms(run, len(kernels))
+    return [moments(run, stage, name, rate) for stage, (name, _) in enumerate(kernels[1:], 2)]
 
 
-def moments(run, stage, name):
+def ticks_per_ms(run, stages):
+    """How fast the counter of all moments counts, which goes on through a kexec."""
+    notes = [line.split() for stage in range(1, stages) for line in run.reported(stage, "clock")]
+    first, last = ((int(ticks), float(seconds)) for ticks, seconds in (notes[0], notes[-1]))
+    return (last[0] - first[0]) / (last[1] - first[1]) / 1e3
+
+
+def moments(run, stage, name, rate):
     """When what happened on the way to a kernel, in ms."""
     figures = g.takeover(run, stage)
     if (figures is not None) != (name != "c"):
         raise Fail(f"kernel {stage} is not the one with {name}")
-    # The counter goes on through a kexec, and each kernel finds out its rate anew.
-    rate = float(re.search(r"[\d.]+", run.expect_line(1, "tsc: Detected"))[0]) * 1e3
     at = {}
     for line in run.reported(stage, "moment"):
         moment, ticks = line.split()
         at[moment] = int(ticks) / rate
-    # The kernel's own clock starts with it.
+    # The kernel's own clock starts with it, but it may go wrong if the host is busy.
     clock = dict((what, float(seconds) * 1e3) for seconds, what in re.findall(
         r"\[ *([\d.]+)\] (Run /init|KHO: takeover: \d+ blocks)", run.kernels[stage - 1]))
-    at["booted"] = at["init"] - clock.pop("Run /init")
+    at["booted"] = max(at["init"] - clock.pop("Run /init", 0), at["saved"])
     order = [at[moment] for moment, _, _ in PHASES] + [at[END]]
     if order != sorted(order):
         raise Fail(f"the moments of kernel {stage} are not one after the other: {at}")
     if figures:
-        at["taken"] = at["booted"] + max(clock.values())
+        at["taken"] = min(at["booted"] + max(clock.values(), default=0), at["init"])
         at["takeover"] = at["taken"] - figures["cycles"] / rate
     return at
 
