@@ -15,6 +15,7 @@
 //!               kho_scratch kho_state        scratch areas; what is handed over, in and out
 //!               kho_takeover                 memory that is withheld until it is restored
 //!  policy       kho_pages kho_vmalloc        preserve and restore memory
+//!               kho_summary                  what debugfs shows of it
 //!               kho_boot kho_kexec           what happens while booting; images
 //!  C            kho_glue.h kho_glue.c        exports, initcalls, inline functions
 //! ```
@@ -86,6 +87,8 @@ mod kho_radix;
 mod kho_range;
 mod kho_scratch;
 mod kho_state;
+#[cfg(CONFIG_KEXEC_HANDOVER_DEBUGFS)]
+mod kho_summary;
 mod kho_takeover;
 mod kho_vmalloc;
 mod kho_word;
@@ -658,6 +661,18 @@ unsafe extern "C" fn kho_rs_prune() {
 #[export]
 unsafe extern "C" fn kho_rs_sum_up() {
     kho_log::sum_up();
+}
+
+/// Prints the summary for debugfs. May sleep.
+///
+/// # Safety
+///
+/// `file` must be a file that is being read, by nobody else.
+#[cfg(CONFIG_KEXEC_HANDOVER_DEBUGFS)]
+#[export]
+unsafe extern "C" fn kho_rs_summary(file: *mut bindings::seq_file) {
+    // SAFETY: By the caller's contract.
+    kho_summary::show(unsafe { kernel::seq_file::SeqFile::from_raw(file) });
 }
 
 // Loading the next kernel.

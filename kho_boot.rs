@@ -40,6 +40,8 @@ use super::kho_radix::NodeAddr;
 use super::kho_range::Frames;
 use super::kho_scratch;
 use super::kho_state;
+#[cfg(CONFIG_KEXEC_HANDOVER_DEBUGFS)]
+use super::kho_summary;
 use super::kho_takeover::{
     Plan,
     Takeover, //
@@ -78,15 +80,17 @@ static INHERITED: AtomicBool = AtomicBool::new(false);
 /// Says that there is no handover, why, and about what address.
 #[cold]
 #[link_section = ".init.text"]
-fn report_refusal((what, at): (&str, u64)) {
+fn report_refusal((what, at): (&'static str, u64)) {
     pr_err!("handover refused: {what} ({at:#x})\n");
+    #[cfg(CONFIG_KEXEC_HANDOVER_DEBUGFS)]
+    kho_summary::note_refusal((what, at));
     kho_state::set_handover(0);
 }
 
 /// Refuses the handover, and keeps nothing of it: no memory needs to be spared any more.
 #[cold]
 #[link_section = ".init.text"]
-fn refuse(memblock: Memblock, why: (&str, u64)) {
+fn refuse(memblock: Memblock, why: (&'static str, u64)) {
     report_refusal(why);
     if INHERITED.load(Ordering::Relaxed) {
         memblock.use_all_memory();
@@ -333,6 +337,8 @@ fn report_takeover(takeover: &Takeover, cycles: u64) {
     let cycles = cycles.saturating_add(takeover.cycles);
     let stats = &takeover.stats;
     let kept = takeover.kept << (PAGE_SHIFT - 10);
+    #[cfg(CONFIG_KEXEC_HANDOVER_DEBUGFS)]
+    kho_summary::note_takeover(stats, cycles);
     if takeover.is_refused() {
         pr_warn!("{kept} KiB that the refused handover names stay reserved\n");
         return;

@@ -469,11 +469,33 @@ u64 kho_glue_cycles(void)
 
 static struct kho_debugfs kho_in_dbg, kho_out_dbg;
 
+#ifdef CONFIG_KEXEC_HANDOVER_DEBUGFS
+static int kho_summary_show(struct seq_file *file, void *data)
+{
+	kho_rs_summary(file);
+	return 0;
+}
+DEFINE_SHOW_ATTRIBUTE(kho_summary);
+
+/* KHO works without this file. */
+static void __init add_summary(void)
+{
+	struct dentry *dir = debugfs_lookup("kho", NULL);
+
+	debugfs_create_file("summary", 0400, dir, NULL, &kho_summary_fops);
+	dput(dir);
+}
+#else
+static void __init add_summary(void) { }
+#endif
+
 int __init kho_glue_debugfs_init(void)
 {
-	int err = kho_debugfs_init();
+	int err = kho_debugfs_init() ?: kho_out_debugfs_init(&kho_out_dbg);
 
-	return err ?: kho_out_debugfs_init(&kho_out_dbg);
+	if (!err)
+		add_summary();
+	return err;
 }
 
 void __init kho_glue_debugfs_in(const void *fdt)

@@ -15,6 +15,7 @@
 #include <linux/kho_radix_tree.h>
 #include <linux/libfdt.h>
 #include <linux/memblock.h>
+#include <linux/seq_file.h>
 #include <linux/timex.h>
 #include <linux/utsname.h>
 #include <linux/vmalloc.h>
@@ -137,5 +138,6 @@ int kho_rs_init(void);
 void kho_rs_plug(unsigned long pfn, unsigned long nr_pages);
 void kho_rs_prune(void);
 void kho_rs_sum_up(void);
+void kho_rs_summary(struct seq_file *file);
 
 #endif /* KHO_GLUE_H */

@@ -258,7 +258,9 @@ pub(crate) fn write_metadata(count: u32) -> Result {
 /// Makes the outgoing tree and FDT. Called once, as an `fs_initcall`.
 #[link_section = ".init.text"]
 pub(crate) fn init() -> Result {
-    if !kho_state::is_enabled() {
+    let is_on = kho_state::is_enabled();
+    pr_info!("Rust implementation, {}\n", if is_on { "on" } else { "off" });
+    if !is_on {
         return Ok(());
     }
     let result = init_tree();

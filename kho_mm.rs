@@ -150,6 +150,10 @@ pub(crate) enum Mark {
     Claimed = 0x4b48_4f51,
 }
 
+/// The bits of a frame number that are 0 in the first frame of a grain.
+#[cfg(CONFIG_KEXEC_HANDOVER_DEBUGFS)]
+const GRAIN_MASK: u64 = (1 << GRAIN_ORDER) - 1;
+
 /// Bits of [`Mark`] in `page->private`, above the order.
 const MARK_SHIFT: u32 = 32;
 
@@ -268,6 +272,25 @@ impl Page {
         self.private().store(0, Ordering::Relaxed);
         // SAFETY: The block was claimed, so that it is nobody else's; all of it was preserved.
         unsafe { bindings::kho_glue_init_pages(self.as_ptr(), order.pages() as usize) };
+    }
+}
+
+/// Calls `each` with the order of every block that carries `mark`. Looks at each page there is.
+#[cfg(CONFIG_KEXEC_HANDOVER_DEBUGFS)]
+pub(crate) fn for_each_marked(mark: Mark, mut each: impl FnMut(Order)) {
+    // SAFETY: It is set while booting, and only grows.
+    let end = unsafe { bindings::max_pfn } as u64;
+    let mut pfn = 0u64;
+    while pfn < end {
+        let order = Page::online(pfn).and_then(|page| page.order(mark));
+        if let Some(order) = order {
+            each(order);
+        }
+        if pfn & GRAIN_MASK == 0 {
+            // SAFETY: The caller may sleep.
+            unsafe { bindings::kho_glue_cond_resched() };
+        }
+        pfn = pfn.saturating_add(order.unwrap_or(Order::ZERO).pages());
     }
 }
 

@@ -25,6 +25,8 @@ use super::kho_radix::{
     NodeMem,
     Tree, //
 };
+#[cfg(CONFIG_KEXEC_HANDOVER_DEBUGFS)]
+use super::kho_radix::Visitor;
 use core::{
     mem::size_of,
     ptr::NonNull,
@@ -263,6 +265,16 @@ pub(crate) fn prune(tree: &Tree<Direct>) {
         tree.prune();
         GENERATION.fetch_add(1, Ordering::Release);
     }
+    // SAFETY: Locked above.
+    unsafe { bindings::kho_glue_unlock_prune() };
+}
+
+/// Shows all of `tree`, which this kernel made, to `visitor`, while it is not pruned.
+#[cfg(CONFIG_KEXEC_HANDOVER_DEBUGFS)]
+pub(crate) fn visit(tree: &Tree<Direct>, visitor: &mut dyn Visitor) {
+    // SAFETY: The mutex is a static one, and the caller may sleep.
+    unsafe { bindings::kho_glue_lock_prune() };
+    tree.visit(visitor);
     // SAFETY: Locked above.
     unsafe { bindings::kho_glue_unlock_prune() };
 }

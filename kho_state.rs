@@ -203,6 +203,18 @@ pub(crate) unsafe fn add_subtree(name: *const c_char, blob: *mut c_void, size: u
     Ok(())
 }
 
+/// Returns how many subtrees the outgoing FDT has, and how many bytes.
+///
+/// # Errors
+///
+/// `EOPNOTSUPP` with KHO off.
+#[cfg(CONFIG_KEXEC_HANDOVER_DEBUGFS)]
+pub(crate) fn out_fdt_use() -> Result<(u64, usize)> {
+    let fdt = lock_fdt()?;
+    let subtrees = fdt.read().subtrees().fold(0, |count: u64, _| count.saturating_add(1));
+    Ok((subtrees, fdt.read().size()))
+}
+
 /// Undoes [`add_subtree`]. With KHO off there is nothing to undo.
 pub(crate) fn remove_subtree(blob: *mut c_void) {
     // Any byte of it would do: it is the address that counts.

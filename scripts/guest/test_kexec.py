@@ -281,6 +281,30 @@ def test_fewer_nodes(log):
         done.expect_line(2, "KHO: takeover: ")
 
 
+def test_summary(log, note):
+    """R -> R: what debugfs says is preserved, was taken over, and is not restored yet"""
+    def figures(name):
+        lines = (guest.share / name).read_text().splitlines()
+        return {what: [int(number) for number in re.findall(r"\d+", text)]
+                for what, text in (line.split(": ", 1) for line in lines)}
+
+    size = 5_000_000
+    with make(log, size=size) as guest:
+        done = guest.run("kho=on liveupdate=on", [
+            PRESERVE + "save summary /sys/kernel/debug/kho/summary\nnext_kernel next",
+            "save before /sys/kernel/debug/kho/summary\n" + spoilt(RETRIEVE, "") + "save summary /sys/kernel/debug/kho/summary\n"])
+        done.expect(2)
+        left, before, after = map(figures, ("summary.1", "before.2", "summary.2"))
+    expect(f"{left} became {before}", before["in"] == left["out"] and before["in nodes"] == left["out nodes"])
+    expect(f"{before['in not restored']} of {before['in']}", before["in not restored"] <= before["in"])
+    restored = [was - now for was, now in zip(before["in not restored"], after["in not restored"])]
+    expect(f"{restored} restored", restored[0] > 0 and restored[1] >= size >> 10)
+    expect(f"{before}", before["in lost"] == [0] and before["in cycles"][0] > 0)
+    orders = [text[1] for what, text in before.items() if what.startswith("in order ")]
+    expect(f"{orders}", sum(orders) == before["in"][1])
+    note(f"{restored[1]} KiB restored")
+
+
 def test_debugfs_off(log):
     """R -> R with debugfs=off -> R"""
     with make(log) as guest:
