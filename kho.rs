@@ -20,9 +20,9 @@
 //!  C            kho_glue.h kho_glue.c        exports, initcalls, inline functions
 //! ```
 //!
-//! The pure modules use nothing but `core`, have no `unsafe`, and are tested on the host, too. Every
-//! call of C is in a kernel-side or policy module; a policy module calls C itself only where there
-//! is no rule to keep, and says why it may.
+//! The pure modules use nothing but `core`, have no `unsafe`, and are tested on the host, too.
+//! Every call of C is in a kernel-side or policy module; a policy module calls C itself only where
+//! there is no rule to keep, and says why it may.
 //!
 //! Functions that run only while the kernel boots are in `.init.text`, one by one: a crate has no
 //! neater way to say so.
@@ -46,8 +46,8 @@
 //! - `-ENOMEM`: there is no memory for nodes of the tree.
 //!
 //! Memory that is preserved stays its owner's. The owner must keep it allocated and in place for as
-//! long as it is preserved. In the next kernel it belongs to nobody until it is restored, and then to
-//! the caller that restored it.
+//! long as it is preserved. In the next kernel it belongs to nobody until it is restored, and then
+//! to the caller that restored it.
 //!
 //! C headers: [`include/linux/kexec_handover.h`](srctree/include/linux/kexec_handover.h),
 //! [`include/linux/kho_radix_tree.h`](srctree/include/linux/kho_radix_tree.h),
@@ -693,8 +693,8 @@ unsafe extern "C" fn kho_fill_kimage(image: *mut bindings::kimage) -> c_int {
 
 /// Finds a place in scratch for a segment of an image.
 ///
-/// May sleep. Returns 0; 1 if the segment may lie anywhere; `-EADDRNOTAVAIL` if no hole is large enough;
-/// else what `func` returns.
+/// May sleep. Returns 0; 1 if the segment may lie anywhere; `-EADDRNOTAVAIL` if no hole is large
+/// enough; else what `func` returns.
 ///
 /// # Safety
 ///

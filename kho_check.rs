@@ -7,8 +7,8 @@
 //! about the handover:
 //!
 //! ```text
-//!  a node     in RAM, outside scratch, met once, for memory that exists    else: refused
-//!  a block    in RAM, outside scratch                                      else: that block is lost
+//!  a node     in RAM, outside scratch, met once, for memory that exists   else: refused
+//!  a block    in RAM, outside scratch                                     else: the block is lost
 //! ```
 //!
 //! A mistake of one kernel, or of one user of it, costs as little as possible. A block that cannot

@@ -34,8 +34,8 @@ type FindHole = unsafe extern "C" fn(*mut bindings::resource, *mut c_void) -> c_
 /// Alignment of the scratch table in the image; a power of two that makes it easy to map.
 const TABLE_ALIGN: usize = bindings::SZ_64K as usize;
 
-/// Adds to an image what the next kernel has to know: where the root FDT is, and a copy of the table
-/// of scratch areas.
+/// Adds to an image what the next kernel has to know: where the root FDT is, and a copy of the
+/// table of scratch areas.
 ///
 /// # Safety
 ///

@@ -14,7 +14,8 @@ use kernel::{
     prelude::*, //
 };
 
-/// What a caller or another kernel may have got wrong. That is no bug of this kernel, which goes on.
+/// What a caller or another kernel may have got wrong. That is no bug of this kernel, which goes
+/// on.
 #[derive(Clone, Copy)]
 #[repr(usize)]
 pub(crate) enum Complaint {

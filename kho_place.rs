@@ -70,8 +70,8 @@ pub(crate) fn is_plugged(frames: Frames) -> bool {
 }
 
 /// A coarse map of memory that may have to be refused: bit `n % 64` is set if any of the pages from
-/// `n << shift` to before `(n + 1) << shift` is in a scratch area or was plugged in. Until the map is
-/// drawn, all of memory may have to be refused.
+/// `n << shift` to before `(n + 1) << shift` is in a scratch area or was plugged in. Until the map
+/// is drawn, all of memory may have to be refused.
 static REFUSED_MAP: AtomicU64 = AtomicU64::new(u64::MAX);
 
 /// The `shift` of [`REFUSED_MAP`].
@@ -106,8 +106,8 @@ fn map_bits(frames: Frames) -> u64 {
     map
 }
 
-/// Notes that memory is being plugged in. It is not free yet, so that a caller that gets it from the
-/// page allocator also finds the note.
+/// Notes that memory is being plugged in. It is not free yet, so that a caller that gets it from
+/// the page allocator also finds the note.
 pub(crate) fn plug(frames: Frames) {
     PLUGGED.0.fetch_min(frames.start(), Ordering::Relaxed);
     PLUGGED.1.fetch_max(frames.end(), Ordering::Relaxed);

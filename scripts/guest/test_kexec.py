@@ -1200,7 +1200,7 @@ def test_node_border(log, note):
 
     with make(log, K) as guest:
         done = meddle(guest, preserve_around, RETRIEVE, mem="2902M", smp=2, nodes=UNEVEN,
-                      args=f"{API_USER} kho_kunit_borders maxcpus=1")
+                      args=f"{API_USER} kho_kunit_borders maxcpus=1 nokaslr")
         guest.expect_files(done, 1, 2)
     expect(f"pages in {counts} grains", counts and min(counts) > 300)
     lines = done.said(2, "kho_kunit: border: ")
