@@ -259,7 +259,10 @@ pub(crate) fn write_metadata(count: u32) -> Result {
 #[link_section = ".init.text"]
 pub(crate) fn init() -> Result {
     let is_on = kho_state::is_enabled();
-    pr_info!("Rust implementation, {}\n", if is_on { "on" } else { "off" });
+    pr_info!(
+        "Rust implementation, {}\n",
+        if is_on { "on" } else { "off" }
+    );
     if !is_on {
         return Ok(());
     }

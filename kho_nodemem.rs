@@ -17,6 +17,8 @@
 
 use super::kho_memblock::Memblock;
 use super::kho_mm;
+#[cfg(CONFIG_KEXEC_HANDOVER_DEBUGFS)]
+use super::kho_radix::Visitor;
 use super::kho_radix::{
     Guard,
     Hints,
@@ -25,8 +27,6 @@ use super::kho_radix::{
     NodeMem,
     Tree, //
 };
-#[cfg(CONFIG_KEXEC_HANDOVER_DEBUGFS)]
-use super::kho_radix::Visitor;
 use core::{
     mem::size_of,
     ptr::NonNull,

@@ -211,7 +211,10 @@ pub(crate) unsafe fn add_subtree(name: *const c_char, blob: *mut c_void, size: u
 #[cfg(CONFIG_KEXEC_HANDOVER_DEBUGFS)]
 pub(crate) fn out_fdt_use() -> Result<(u64, usize)> {
     let fdt = lock_fdt()?;
-    let subtrees = fdt.read().subtrees().fold(0, |count: u64, _| count.saturating_add(1));
+    let subtrees = fdt
+        .read()
+        .subtrees()
+        .fold(0, |count: u64, _| count.saturating_add(1));
     Ok((subtrees, fdt.read().size()))
 }
 

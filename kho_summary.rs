@@ -53,7 +53,11 @@ impl Blocks {
                 continue;
             }
             let kib = count.saturating_mul(order.pages() << PAGE_SHIFT) >> 10;
-            seq_print!(file, "{what} order {}: {count} blocks, {kib} KiB\n", order.get());
+            seq_print!(
+                file,
+                "{what} order {}: {count} blocks, {kib} KiB\n",
+                order.get()
+            );
             blocks = blocks.saturating_add(count);
             size = size.saturating_add(kib);
         }
