@@ -222,7 +222,7 @@ void __init kho_glue_in_parallel(void (*fn)(unsigned long start, unsigned long e
 	padata_do_multithreaded(&job);
 }
 
-void __init kho_glue_cond_resched(void)
+void kho_glue_cond_resched(void)
 {
 	cond_resched();
 }
