@@ -213,7 +213,7 @@ pub(crate) fn add_grains<M: NodeMem>(
             let pfn = first | index.saturating_mul(WORD_BITS);
             at = index.saturating_add(1);
             // A range starts at each bit whose neighbour below is clear.
-            let starts = word & !(word << 1 | u64::from(end == pfn));
+            let starts = word & !((word << 1) | u64::from(end == pfn));
             if starts != 0 {
                 ranges = ranges.saturating_add(starts.count_ones().into());
             }

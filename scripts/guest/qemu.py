@@ -131,6 +131,15 @@ def kho_guest():
     return program("kho-guest", GUEST / "kho-guest.c", GUEST / "luo.c")
 
 
+def inspector():
+    """Builds kho-inspect and returns its path."""
+    target = CACHE / "host-target"
+    with locked("inspect"):
+        command("cargo", "build", "--quiet", "--locked", "--manifest-path", TOP / "inspect/Cargo.toml",
+                "--target-dir", target)
+    return target / "debug/kho-inspect"
+
+
 def selftest(directory, name, nolibc=True):
     """A program of the tree's own selftests, unmodified, built as its vmtest.sh does."""
     base = SRC / "tools/testing/selftests"

@@ -4,7 +4,7 @@
 //!
 //! `kho_radix.rs` and `kho_word.rs` are the kernel's files. [`atomic`] gives them loom's atomics,
 //! which return whatever the kernel's memory model lets a CPU read; [`machine`] is memory, CPUs and
-//! the prune protocol of `kho_sys.rs`. loom then runs each of [`scenarios`] once for every order of
+//! the prune protocol of `kho_nodemem.rs`. loom then runs each of [`scenarios`] once for every order of
 //! its steps, and for everything that a load may return.
 //!
 //! That is only possible for small trees: a node has two words, and a key so few bits that there

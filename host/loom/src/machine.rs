@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the tree stands on in the kernel: pages, CPUs, and the prune protocol of `kho_sys.rs`.
+//! What the tree stands on in the kernel: pages, CPUs, and the prune protocol of `kho_nodemem.rs`.
 
 use super::{
     atomic::AtomicU64,
@@ -169,7 +169,7 @@ impl Task {
         Tree::from_root(self, root)
     }
 
-    /// As `kho_sys::prune()`.
+    /// As `kho_nodemem::prune()`.
     pub(crate) fn prune(&self, root: NodeAddr) {
         let machine = &self.machine;
         let _alone = machine.prune.lock().unwrap();
@@ -202,7 +202,7 @@ impl<'t> NodeMem for &'t Task {
     where
         Self: 'a;
 
-    /// As `kho_sys.rs` does it.
+    /// As `kho_nodemem.rs` does it.
     fn enter(&self) -> TreeGuard<'t> {
         let task: &'t Task = self;
         let machine = &task.machine;
