@@ -19,13 +19,14 @@ HOPS ?=
 KERNELS ?=
 VM_MEM ?=
 BREAK ?=
+SIGNOFF ?=
 export KDIR LLVM ARCH MEM FILES OUT TARBALL SHA256 ARCHS COMPILERS CONFIGS WORKLOADS T
-export HOPS KERNELS VM_MEM BREAK
+export HOPS KERNELS VM_MEM BREAK SIGNOFF
 ifneq ($(CACHE),)
 export CACHE
 endif
 
-.PHONY: help prepare kernel run vm test bench bench-full bench-host install uninstall clean
+.PHONY: help prepare kernel run vm test bench bench-full bench-host install uninstall series clean
 
 help:
 	@echo 'make run        build a kernel and hand real data over to it by kexec'
@@ -49,6 +50,9 @@ help:
 	@echo 'make kernel     build the kernel only'
 	@echo 'make install    put the implementation into the tree KDIR'
 	@echo 'make uninstall  take it out of KDIR again'
+	@echo 'make series     write what install does to KDIR as patches for git am'
+	@echo '                  OUT=<dir>    where they go (default: series.out)'
+	@echo '                  SIGNOFF="Name <mail>"  whose they are'
 	@echo 'make clean      remove the cache: build root, source and builds; not results'
 	@echo
 	@echo 'KDIR=<tree>     your own Linux 7.3 tree, which is copied (default: a package of'
@@ -80,6 +84,9 @@ install:
 
 uninstall:
 	@scripts/overlay uninstall "$$KDIR"
+
+series:
+	@scripts/series "$$KDIR" "$$OUT" "$$SIGNOFF"
 
 clean:
 	@scripts/kho clean
