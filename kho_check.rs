@@ -314,7 +314,7 @@ impl<M: NodeMem, S: NodeMem> Check<'_, M, S> {
     #[inline(never)]
     fn first_claimed(&self, run: Run) -> Option<u64> {
         for block in run.keys().filter_map(Key::block) {
-            if is_claimed(self.tree, &self.stats, self.machine, block) {
+            if larger_block(self.tree, &self.stats, self.machine, block).is_some() {
                 return Some(block.pfn().get());
             }
         }
@@ -488,14 +488,15 @@ fn widen(blocks: u64, order: Order) -> (u64, u64) {
     (word, lowest.count_ones().into())
 }
 
-/// Returns whether a larger block that can be taken over has the frames of `block`, too.
+/// Returns the largest block that can be taken over and has the frames of `block` and others, too.
 #[link_section = ".init.text"]
-pub(crate) fn is_claimed<M: NodeMem>(
+pub(crate) fn larger_block<M: NodeMem>(
     tree: &Tree<M>,
     stats: &Stats,
     machine: &dyn Machine,
     block: Block,
-) -> bool {
+) -> Option<Block> {
+    let mut found = None;
     for (order, _) in stats.orders() {
         if order <= block.order() {
             continue;
@@ -504,8 +505,8 @@ pub(crate) fn is_claimed<M: NodeMem>(
         if tree.contains(Key::of(larger))
             && (stats.lost == 0 || is_usable(machine, Frames::of_block(larger)))
         {
-            return true;
+            found = Some(larger);
         }
     }
-    false
+    found
 }

@@ -24,6 +24,7 @@
 #include <linux/vmstat.h>
 #include <linux/workqueue.h>
 
+#include "../../../mm/internal.h"
 #include "../../../mm/page_alloc.h"
 #include "kho_glue.h"
 
@@ -100,33 +101,26 @@ int __init kho_glue_early_pfn_to_nid(unsigned long pfn)
 	return early_pfn_to_nid(pfn);
 }
 
-/* The code tags are cleared because the pages were allocated by nobody here. */
-void kho_glue_init_pages(struct page *page, unsigned long nr_pages)
+/* For pages that were allocated by nobody here. */
+void kho_glue_clear_tags(struct page *page, unsigned long nr_pages)
 {
-	for (unsigned long i = 0; i < nr_pages; i++) {
-		set_page_count(page + i, 1);
+	for (unsigned long i = 0; i < nr_pages; i++)
 		clear_page_tag_ref(page + i);
-	}
-	adjust_managed_page_count(page, nr_pages);
 }
 
-struct folio *kho_glue_init_folio(struct page *page, unsigned int order)
+/* Makes a folio single pages, as the page allocator does that gets it back. */
+void kho_glue_split(struct page *page, unsigned int order)
 {
-	unsigned long nr_pages = 1UL << order;
-
-	set_page_count(page, 1);
-	clear_page_tag_ref(page);
-	if (order) {
-		/* In pairs, or the loop takes longer than what it does. */
-		set_page_count(page + 1, 0);
-		for (struct page *tail = page + 2; tail < page + nr_pages; tail += 2) {
-			set_page_count(tail, 0);
-			set_page_count(tail + 1, 0);
-		}
-		prep_compound_page(page, order);
+	page[1].flags.f &= ~PAGE_FLAGS_SECOND;
+#ifdef NR_PAGES_IN_LARGE_FOLIO
+	((struct folio *)page)->_nr_pages = 0;
+#endif
+	for (struct page *tail = page + 1; tail < page + (1UL << order); tail++) {
+		tail->mapping = NULL;
+		clear_compound_head(tail);
+		set_page_count(tail, 1);
 	}
-	adjust_managed_page_count(page, nr_pages);
-	return (struct folio *)page;
+	__ClearPageHead(page);
 }
 
 /* A page of memblock's that outlived it is a reserved one. */
@@ -164,6 +158,28 @@ void __init kho_glue_init_deferred(struct page *page, unsigned long pfn, int nid
 #error "a struct page is more than its zone and node say"
 #endif
 	__init_single_page(page, pfn, NODE_DATA(nid)->nr_zones - 1, nid);
+}
+
+void __init kho_glue_make_head(struct page *page, unsigned int order)
+{
+	__SetPageHead(page);
+	prep_compound_head(page, order);
+}
+
+void __init kho_glue_make_tails(struct page *tail, unsigned long count, unsigned long head,
+				unsigned int order)
+{
+	for (unsigned long i = 0; i < count; i++) {
+		set_page_count(tail + i, 0);
+		prep_compound_tail(tail + i, pfn_to_page(head), order);
+	}
+}
+
+/* There is no lowmem_reserve to be updated yet. */
+void __init kho_glue_add_managed(struct page *page, unsigned long nr_pages)
+{
+	atomic_long_add(nr_pages, &page_zone(page)->managed_pages);
+	totalram_pages_add(nr_pages);
 }
 
 void __init kho_glue_init_pageblocks(unsigned long pfn, unsigned long nr_pages)

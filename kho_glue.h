@@ -67,14 +67,17 @@ unsigned long kho_glue_page_to_pfn(const struct page *page);
 bool kho_glue_one_node(unsigned long first, unsigned long last);
 bool kho_glue_is_plugged(unsigned long start, unsigned long end);
 int kho_glue_early_pfn_to_nid(unsigned long pfn);
-void kho_glue_init_pages(struct page *page, unsigned long nr_pages);
-struct folio *kho_glue_init_folio(struct page *page, unsigned int order);
+void kho_glue_split(struct page *page, unsigned int order);
 void kho_glue_free_page(phys_addr_t phys);
 void kho_glue_init_cma(unsigned long pfn, unsigned long nr_pages);
 
 /* memory that takeover withholds */
 unsigned long kho_glue_first_deferred(int nid);
 void kho_glue_init_deferred(struct page *page, unsigned long pfn, int nid);
+void kho_glue_make_head(struct page *page, unsigned int order);
+void kho_glue_make_tails(struct page *tail, unsigned long count, unsigned long head,
+			 unsigned int order);
+void kho_glue_add_managed(struct page *page, unsigned long nr_pages);
 void kho_glue_init_pageblocks(unsigned long pfn, unsigned long nr_pages);
 void kho_glue_free_block(unsigned long pfn, unsigned int order);
 unsigned long kho_glue_zone_border(unsigned long pfn, int nid);

@@ -12,6 +12,10 @@ use super::kho_key::{
 };
 use super::kho_place;
 use super::kho_range::Frames;
+use super::kho_word::{
+    bits,
+    bits_between, //
+};
 use super::{
     GRAIN_ORDER,
     PAGE_SHIFT, //
@@ -249,8 +253,11 @@ impl Page {
             .is_ok()
     }
 
-    /// Makes a preserved block a folio that the caller has the only reference to; [`None`] if there
-    /// is none, if it is too large for a folio, or if somebody else was faster.
+    /// Takes the mark off a preserved folio, which makes it the caller's; [`None`] if there is none,
+    /// if the block is too large for a folio, or if somebody else was faster.
+    ///
+    /// Takeover has left nothing else to be done, see [`GrainPages`]: this costs the same for all
+    /// orders.
     #[inline(always)]
     pub(crate) fn take_folio(self) -> Option<*mut bindings::folio> {
         let private = self.private().load(Ordering::Relaxed);
@@ -262,17 +269,37 @@ impl Page {
         self.private()
             .compare_exchange(private, 0, Ordering::AcqRel, Ordering::Relaxed)
             .ok()?;
-        // SAFETY: Only the caller that took the mark off gets here, so that the block is nobody
-        // else's; all of it was preserved.
-        Some(unsafe { bindings::kho_glue_init_folio(self.as_ptr(), order as u32) })
+        if cfg!(CONFIG_MEM_ALLOC_PROFILING) {
+            self.clear_tags(1);
+        }
+        Some(self.as_ptr().cast())
     }
 
     /// Makes the claimed block single pages that the caller has the only reference to.
     pub(crate) fn into_pages(self, order: Order) {
         self.private().store(0, Ordering::Relaxed);
-        // SAFETY: The block was claimed, so that it is nobody else's; all of it was preserved.
-        unsafe { bindings::kho_glue_init_pages(self.as_ptr(), order.pages() as usize) };
+        if is_folio(order) {
+            // SAFETY: The block was claimed, so that it is nobody else's, and takeover has made it
+            // a folio.
+            unsafe { bindings::kho_glue_split(self.as_ptr(), order.get()) };
+        }
+        if cfg!(CONFIG_MEM_ALLOC_PROFILING) {
+            self.clear_tags(order.pages());
+        }
     }
+
+    /// Says of the pages of a block, whose mark is off, that nobody has allocated them.
+    #[inline(never)]
+    fn clear_tags(self, count: u64) {
+        // SAFETY: By the caller, all of them were preserved.
+        unsafe { bindings::kho_glue_clear_tags(self.as_ptr(), count as usize) };
+    }
+}
+
+/// Returns whether a block of this order becomes a folio of several pages in takeover.
+#[inline(always)]
+fn is_folio(order: Order) -> bool {
+    (1..=bindings::KHO_MAX_FOLIO_ORDER).contains(&order.get())
 }
 
 /// Calls `each` with the order of every block that carries `mark`. Looks at each page there is.
@@ -453,50 +480,241 @@ pub(crate) fn init_deferred(frames: Frames) {
     }
 }
 
-/// Initialises the struct pages of a grain that is only ours.
+/// The words of a struct page.
+type Words = [usize; size_of::<bindings::page>() / size_of::<usize>()];
+
+const LRU: usize = bindings::KHO_PAGE_LRU / size_of::<usize>();
+
+/// How many pages a grain has.
+const GRAIN_PAGES: usize = 1 << GRAIN_ORDER;
+
+/// The struct pages of some frames in one grain and zone, which become what restoring finds.
 ///
-/// They differ in nothing but the list head that points to itself: all of a grain is in one zone,
-/// node and section. So `__init_single_page()` initialises the first; the rest are copies of it.
-#[link_section = ".init.text"]
-pub(crate) fn init_grain(grain: Frames) {
-    const WORDS: usize = size_of::<bindings::page>() / size_of::<usize>();
-    const LRU: usize = bindings::KHO_PAGE_LRU / size_of::<usize>();
-    const _: () =
-        assert!(size_of::<bindings::page>() % size_of::<usize>() == 0 && LRU + 2 <= WORDS);
+/// A preserved block of several pages, if it is not too large for that, becomes a folio with the
+/// one reference that restoring hands to the caller. All else becomes single pages. So each struct
+/// page is written once; if it was deferred, late and on all CPUs. Whoever looks at struct pages
+/// meanwhile finds a folio, or pages, that somebody is using.
+pub(crate) struct GrainPages {
+    frames: Frames,
+    first: Page,
+    /// The struct page of a single page, if not all are initialised yet. They differ in nothing but
+    /// the list head that points to itself: all of a grain is in one zone, node and section.
+    single: Option<Words>,
+    /// Those of the grain that are initialised, a bit each.
+    done: [u64; GRAIN_PAGES / 64],
+    /// How many can be restored.
+    restorable: u64,
+}
 
-    const COUNT: usize = 1 << GRAIN_ORDER;
-
-    if grain.count() != COUNT as u64 {
-        return;
-    }
-    let start = grain.start() as usize;
-    // SAFETY: The grain is RAM of one node whose struct pages are deferred, and nobody has any of
-    // it. The struct pages of a block of the largest order are adjacent.
-    unsafe {
-        let first = bindings::kho_glue_pfn_to_page(start);
-        bindings::kho_glue_init_deferred(first, start, nid_of(grain.start()));
-        let words = first.cast::<[usize; WORDS]>().read();
-        let mut page = first.cast::<usize>();
-        for _ in 1..COUNT {
-            page = page.add(WORDS);
-            if let Ok([a, b, c, d, e, f, g, h]) = <[usize; 8]>::try_from(words.as_slice()) {
-                // The usual size, spelled out: with -Os a loop takes four times as long.
-                page.write(a);
-                page.add(1).write(b);
-                page.add(2).write(c);
-                page.add(3).write(d);
-                page.add(4).write(e);
-                page.add(5).write(f);
-                page.add(6).write(g);
-                page.add(7).write(h);
-            } else {
-                page.cast::<[usize; WORDS]>().write(words);
+impl GrainPages {
+    /// Returns those of `frames`. If they `are_deferred`, they are a whole grain, and none is
+    /// initialised.
+    ///
+    /// # Safety
+    ///
+    /// The frames must be RAM that takeover has reserved.
+    #[link_section = ".init.text"]
+    pub(crate) unsafe fn new(frames: Frames, are_deferred: bool) -> Option<Self> {
+        // SAFETY: By the caller's contract.
+        let first = unsafe { Page::of(frames.start())? };
+        let mut single = None;
+        if are_deferred {
+            let (page, start) = (first.as_ptr(), frames.start() as usize);
+            // SAFETY: By the caller's contract nobody has the pages.
+            unsafe {
+                bindings::kho_glue_init_deferred(page, start, nid_of(frames.start()));
+                single = Some(page.cast::<Words>().read());
             }
-            let lru = page.add(LRU);
-            lru.write(lru as usize);
-            lru.add(1).write(lru as usize);
         }
-        bindings::kho_glue_init_pageblocks(start, COUNT);
+        Some(Self {
+            frames,
+            first,
+            single,
+            done: [0; GRAIN_PAGES / 64],
+            restorable: 0,
+        })
+    }
+
+    /// Returns the frames.
+    #[link_section = ".init.text"]
+    pub(crate) fn frames(&self) -> Frames {
+        self.frames
+    }
+
+    /// Makes a preserved block, or what these frames have of one that is larger than a grain, a
+    /// folio if it can be one, and marks its first page. It is quicker to add folios before single
+    /// pages.
+    #[link_section = ".init.text"]
+    pub(crate) fn add(&mut self, block: Block) {
+        let order = block.order();
+        let mut part = Frames::of_block(block);
+        let has_head = part.start() >= self.frames.start();
+        if order.get() > GRAIN_ORDER {
+            part = part.both(self.frames);
+        }
+        self.restorable = self.restorable.saturating_add(part.count());
+        let index = part.start().saturating_sub(self.frames.start()) as usize;
+        // SAFETY: The page is one of the grain.
+        let page = unsafe { self.first.nth(index) };
+        if is_folio(order) {
+            self.make_folio(page.as_ptr(), index, part.count() as usize, block);
+        } else {
+            self.init_rest();
+        }
+        if has_head {
+            page.mark(Mark::Preserved, order);
+        }
+    }
+
+    /// Makes `count` struct pages from `page` on, which is that number `index` of the grain, those
+    /// of a folio.
+    #[link_section = ".init.text"]
+    fn make_folio(&mut self, page: *mut bindings::page, index: usize, count: usize, block: Block) {
+        let (head, order) = (block.pfn().get(), block.order().get());
+        let has_head = head >= self.frames.start();
+        // SAFETY: All of the block is reserved for whoever restores it. The struct pages of a grain
+        // are adjacent; a folio has a tail, and so has each part of one that is larger.
+        unsafe {
+            let tail = page.add(has_head.into());
+            let tails = count.saturating_sub(has_head.into());
+            if let Some(single) = &self.single {
+                init_single(page, single);
+                init_single(tail, single);
+                bindings::kho_glue_make_tails(tail, 1, head as usize, order);
+                copy_tails(tail, page.add(count));
+                self.note(index, count);
+            } else {
+                bindings::kho_glue_make_tails(tail, tails, head as usize, order);
+            }
+            if has_head {
+                bindings::kho_glue_make_head(page, order);
+            }
+        }
+    }
+
+    /// Notes that the struct pages of a block are initialised.
+    #[link_section = ".init.text"]
+    fn note(&mut self, index: usize, count: usize) {
+        let (word, bit) = (index / 64, (index % 64) as u64);
+        if count < 64 {
+            if let Some(word) = self.done.get_mut(word) {
+                *word |= bits_between(bit, bit.saturating_add(count as u64));
+            }
+        } else if let Some(words) = self.done.get_mut(word..word.saturating_add(count / 64)) {
+            words.fill(u64::MAX);
+        }
+    }
+
+    /// Initialises all that are not yet as those of single pages.
+    #[link_section = ".init.text"]
+    fn init_rest(&mut self) {
+        let Some(single) = self.single.take() else {
+            return;
+        };
+        let mut page = self.first.as_ptr();
+        for done in self.done {
+            // SAFETY: These are the next 64 of the grain, and adjacent.
+            unsafe {
+                if done == 0 {
+                    for i in 0..64 {
+                        init_single(page.add(i), &single);
+                    }
+                } else {
+                    for i in bits(!done) {
+                        init_single(page.add(i as usize), &single);
+                    }
+                }
+                page = page.add(64);
+            }
+        }
+        // SAFETY: All of the grain has struct pages now.
+        unsafe { bindings::kho_glue_init_pageblocks(self.frames.start() as usize, GRAIN_PAGES) };
+    }
+
+    /// Ends this: all are initialised, and what can be restored counts as managed memory that is in
+    /// use, as the huge pages do that HugeTLB has from memblock.
+    #[link_section = ".init.text"]
+    pub(crate) fn finish(mut self) {
+        self.init_rest();
+        if self.restorable > 0 {
+            // SAFETY: The struct page is initialised, and its zone is that of all of them.
+            unsafe {
+                bindings::kho_glue_add_managed(self.first.as_ptr(), self.restorable as usize)
+            };
+        }
+    }
+}
+
+/// Writes a struct page. Spelled out for the usual size: with -Os a loop takes four times as long.
+///
+/// # Safety
+///
+/// `page` must be one that nobody else looks at.
+#[inline(always)]
+unsafe fn write(page: *mut bindings::page, words: &Words) {
+    // SAFETY: By the caller's contract.
+    unsafe {
+        if let Ok([a, b, c, d, e, f, g, h]) = <[usize; 8]>::try_from(words.as_slice()) {
+            let word = page.cast::<usize>();
+            word.write(a);
+            word.add(1).write(b);
+            word.add(2).write(c);
+            word.add(3).write(d);
+            word.add(4).write(e);
+            word.add(5).write(f);
+            word.add(6).write(g);
+            word.add(7).write(h);
+        } else {
+            page.cast::<Words>().write(*words);
+        }
+    }
+}
+
+/// Makes a struct page that of a single page, as the template `single` is.
+///
+/// # Safety
+///
+/// As for [`write`].
+#[inline(always)]
+unsafe fn init_single(page: *mut bindings::page, single: &Words) {
+    // SAFETY: By the caller's contract; a list head has two words.
+    unsafe {
+        let lru = page.cast::<usize>().add(LRU);
+        let mut words = *single;
+        if let Some(list) = words.get_mut(LRU..LRU + 2) {
+            list.fill(lru as usize);
+        }
+        write(page, &words);
+    }
+}
+
+/// Makes the struct pages behind `tail`, to before `end`, what that one is.
+///
+/// # Safety
+///
+/// As for [`write`]; `tail` must be initialised, and adjacent to the others.
+#[link_section = ".init.text"]
+unsafe fn copy_tails(tail: *mut bindings::page, end: *mut bindings::page) {
+    // SAFETY: By the caller's contract.
+    unsafe {
+        let words = tail.cast::<Words>().read();
+        let mut page = tail.add(1);
+        // Nothing is written but this: what a loop itself takes counts.
+        while end.offset_from(page) >= 8 {
+            write(page, &words);
+            write(page.add(1), &words);
+            write(page.add(2), &words);
+            write(page.add(3), &words);
+            write(page.add(4), &words);
+            write(page.add(5), &words);
+            write(page.add(6), &words);
+            write(page.add(7), &words);
+            page = page.add(8);
+        }
+        while page < end {
+            write(page, &words);
+            page = page.add(1);
+        }
     }
 }
 

@@ -7,8 +7,8 @@
 //! ```text
 //!  this kernel                           the next one
 //!
-//!  preserve()      key in the tree --->  takeover: reserved, first page marked Preserved
-//!  unpreserve()    key gone              take_folio(): mark gone, an allocated block
+//!  preserve()      key in the tree --->  takeover: reserved, a folio, first page marked Preserved
+//!  unpreserve()    key gone              take_folio(): mark gone, an allocated folio
 //!                                        claim(): marked Claimed, or all put back
 //!                                        take(): mark gone, allocated pages
 //! ```

@@ -70,13 +70,13 @@ use super::kho_grain::{
 use super::kho_key::{
     Block,
     Key,
-    Order, //
+    Order,
+    Pfn, //
 };
 use super::kho_memblock::Memblock;
 use super::kho_mm::{
     self,
-    Mark,
-    Page, //
+    GrainPages, //
 };
 use super::kho_nodemem::{
     self,
@@ -318,11 +318,6 @@ impl Takeover {
             self.drop_sets();
             return Err(refusal);
         }
-        for frames in self.all_of(&self.shared) {
-            for grain in Grain::touching(frames) {
-                self.mark_blocks(grain);
-            }
-        }
         let takeover = &raw mut TAKEOVER;
         // SAFETY: Nobody looks at it before the next line.
         let takeover = unsafe { (*takeover).insert(self) };
@@ -403,38 +398,62 @@ impl Takeover {
         Ok(())
     }
 
-    /// Marks the blocks that start in a grain, so that they can be restored; unless the handover
-    /// was refused.
+    /// Makes the struct pages in some frames of one grain and zone what restoring finds, see
+    /// [`GrainPages`]. If they `are_deferred`, which only those of a whole grain can be, they are
+    /// initialised first. Nothing can be restored of a handover that was refused.
     ///
-    /// Memory that several blocks claim goes to the largest of them: the others are not marked, so
+    /// Memory that several blocks claim goes to the largest of them: the others are not added, so
     /// that no frame can be restored twice.
     #[link_section = ".init.text"]
-    fn mark_blocks(&self, grain: Grain) {
-        if self.is_refused() {
-            return;
-        }
-        let frames = grain.frames();
-        // SAFETY: Nothing is done with it but for blocks that were found to be RAM.
-        let Some(page) = (unsafe { Page::of(frames.start()) }) else {
+    fn prepare(&self, frames: Frames, are_deferred: bool) {
+        // SAFETY: All of it has been reserved, and is RAM as far as there are blocks.
+        let Some(mut pages) = (unsafe { GrainPages::new(frames, are_deferred) }) else {
             return;
         };
-        for (order, _) in self.stats.orders() {
-            let Some((first, last)) = frames.keys(order) else {
-                continue;
-            };
-            // A grain has no more blocks of an order than a leaf has bits, and both are aligned.
-            let Some(leaf) = self.tree.find_leaf(first) else {
-                continue;
-            };
-            for (first, word) in leaf.words_between(first, last) {
-                for bit in bits(word) {
-                    let block = Key::new(first | bit).and_then(Key::block);
-                    let Some(block) = block.filter(|block| self.is_whole(*block)) else {
-                        continue;
-                    };
-                    let index = block.pfn().get().saturating_sub(frames.start());
-                    // SAFETY: The block starts in the grain, whose struct pages are adjacent.
-                    unsafe { page.nth(index as usize) }.mark(Mark::Preserved, order);
+        if !self.is_refused() {
+            if let Some(block) = self.block_around(frames) {
+                pages.add(block);
+            } else {
+                for (order, _) in self.stats.orders() {
+                    if order > Order::ZERO {
+                        self.add_blocks(&mut pages, order);
+                    }
+                }
+                self.add_blocks(&mut pages, Order::ZERO);
+            }
+        }
+        pages.finish();
+    }
+
+    /// Returns the block that has all of a grain and more, if there is one. `frames` are some of
+    /// that grain.
+    #[link_section = ".init.text"]
+    fn block_around(&self, frames: Frames) -> Option<Block> {
+        let page = Block::new(Pfn::new(frames.start())?, Order::ZERO)?;
+        kho_check::larger_block(
+            &self.tree,
+            &self.stats,
+            &self.memblock,
+            page.enclosing(GRAIN),
+        )
+    }
+
+    /// Adds the blocks of `order`, which is no larger than a grain's, that start in `pages`.
+    #[link_section = ".init.text"]
+    fn add_blocks(&self, pages: &mut GrainPages, order: Order) {
+        let Some((first, last)) = pages.frames().keys(order).filter(|_| order <= GRAIN) else {
+            return;
+        };
+        // A grain has no more blocks of an order than a leaf has bits, and both are aligned.
+        let Some(leaf) = self.tree.find_leaf(first) else {
+            return;
+        };
+        for (first, word) in leaf.words_between(first, last) {
+            for bit in bits(word) {
+                if let Some(block) = Key::new(first | bit).and_then(Key::block) {
+                    if self.is_whole(block) {
+                        pages.add(block);
+                    }
                 }
             }
         }
@@ -447,7 +466,7 @@ impl Takeover {
         let machine = &self.memblock;
         (self.stats.lost == 0 || kho_check::is_usable(machine, Frames::of_block(block)))
             && (self.stats.overlap.is_none()
-                || !kho_check::is_claimed(&self.tree, &self.stats, machine, block))
+                || kho_check::larger_block(&self.tree, &self.stats, machine, block).is_none())
     }
 
     /// Gives what is not reserved in `frames` to the page allocator.
@@ -461,17 +480,14 @@ impl Takeover {
         kho_mm::add_memory(count);
     }
 
-    /// Makes sure that the struct pages of a grain are initialised, marks its blocks, and gives
-    /// back the rest; unless that has been done, or it is shared.
+    /// Prepares a grain and gives back what was not preserved; unless that has been done, or it is
+    /// shared.
     #[link_section = ".init.text"]
     fn release(&self, grain: Grain) {
         if self.pending.remove(grain.key()) == Removal::Absent {
             return;
         }
-        if self.uninit.contains(grain.key()) {
-            kho_mm::init_grain(grain.frames());
-        }
-        self.mark_blocks(grain);
+        self.prepare(grain.frames(), self.uninit.contains(grain.key()));
         self.free_gaps(grain.frames());
     }
 
@@ -505,6 +521,21 @@ impl Takeover {
             }
         }
         self.release_shared(u64::MAX);
+    }
+
+    /// Prepares the shared grains, whose struct pages are all initialised.
+    #[link_section = ".init.text"]
+    fn prepare_shared(&self) {
+        for frames in self.all_of(&self.shared) {
+            for grain in Grain::touching(frames) {
+                let mut rest = grain.frames();
+                while !rest.is_empty() {
+                    let part = kho_mm::in_one_zone(self.memblock.in_one_region(rest));
+                    self.prepare(part, false);
+                    rest = rest.from(part.end());
+                }
+            }
+        }
     }
 
     /// Releases the shared grains below frame `end`, whose surroundings have struct pages as well.
@@ -584,6 +615,7 @@ fn finish() {
 pub(crate) fn init_free() {
     kho_nodemem::set_buddy_is_up();
     let Some(takeover) = current() else { return };
+    takeover.prepare_shared();
     if cfg!(CONFIG_DEFERRED_STRUCT_PAGE_INIT) {
         takeover.release_early();
     } else {

@@ -38,8 +38,8 @@
 
 #define MAX_FILES	1024
 #define PAGE		4096
-/* In /proc/kpageflags. */
-#define RESERVED	0x100000000UL
+/* In /proc/kpageflags: reserved, and the head and the tails of a folio. */
+#define WAITING		(1UL << 32 | 1UL << 15 | 1UL << 16)
 #define LARGE_GAP	((240 << 20) / PAGE)
 
 static int fds[MAX_FILES + 1];
@@ -315,7 +315,7 @@ static void print_waiting(const char *dir)
 	if (flags < 0 || counts < 0)
 		err(1, "/proc/kpage*");
 	for (; fscanf(frames, "%lu", &frame) == 1; total++)
-		odd += (read_entry(flags, frame) & ~RESERVED) ||
+		odd += (read_entry(flags, frame) & ~WAITING) ||
 		       read_entry(counts, frame);
 	printf("frames %d, %d not waiting\n", total, odd);
 }

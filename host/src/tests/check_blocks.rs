@@ -10,7 +10,7 @@ use super::super::kho_radix::{
 use super::super::kho_range::Frames;
 use super::super::kho_check::{
     check_tree,
-    is_claimed,
+    larger_block,
     Stats,
     Refusal,
     Sets, //
@@ -80,10 +80,10 @@ fn claims(blocks: &[(u64, u32)], limit: u64) -> Vec<u32> {
     claims
 }
 
-/// Whether any of `blocks` is larger than the block of order `of` at `pfn`, and around it.
-fn has_larger(blocks: &[(u64, u32)], (pfn, of): (u64, u32)) -> bool {
+/// The largest of `blocks` that is larger than the block of order `of` at `pfn`, and around it.
+fn largest_around(blocks: &[(u64, u32)], (pfn, of): (u64, u32)) -> Option<(u64, u32)> {
     let around = |(start, above): &(u64, u32)| *above > of && pfn >> above == start >> above;
-    blocks.iter().any(around)
+    blocks.iter().copied().filter(around).max_by_key(|(_, above)| *above)
 }
 
 /// Checks `blocks` and compares all that is found with a model.
@@ -126,7 +126,7 @@ fn check_on(machine: &Fake, blocks: &[(u64, u32)]) {
     assert_eq!(orders, counts);
 
     // Large blocks come first, so that the first one to be met again is the largest inner one.
-    let inner = blocks.iter().filter(|block| has_larger(&blocks, **block));
+    let inner = blocks.iter().filter(|block| largest_around(&blocks, **block).is_some());
     let first = inner.max_by_key(|(pfn, of)| (*of, u64::MAX - pfn));
     assert_eq!(stats.overlap, first.map(|(pfn, _)| *pfn), "{blocks:x?}");
     if let Some(pfn) = stats.overlap {
@@ -141,9 +141,9 @@ fn check_on(machine: &Fake, blocks: &[(u64, u32)]) {
         (rng.below(machine.ram.1) >> of << of, of)
     });
     for (pfn, of) in blocks.iter().copied().chain(others) {
-        let claimed = is_claimed(&tree, &stats, machine, block(pfn, of));
-        let larger = has_larger(&blocks, (pfn, of));
-        assert_eq!(claimed, larger, "{pfn:#x}, order {of}, of {blocks:x?}");
+        let found = larger_block(&tree, &stats, machine, block(pfn, of));
+        let largest = largest_around(&blocks, (pfn, of)).map(|(pfn, of)| block(pfn, of));
+        assert_eq!(found, largest, "{pfn:#x}, order {of}, of {blocks:x?}");
     }
 }
 
@@ -398,7 +398,7 @@ fn lost_blocks_claim_nothing() {
     let reserved = Tree::new(&memory).unwrap();
     let stats = check_in(&tree, &machine, (&memory, &reserved)).unwrap();
     assert_eq!((stats.lost, stats.overlap), (1, Some(0x4100)));
-    let claimed = blocks.map(|(pfn, of)| is_claimed(&tree, &stats, &machine, block(pfn, of)));
+    let claimed = blocks.map(|(pfn, of)| larger_block(&tree, &stats, &machine, block(pfn, of)).is_some());
     assert_eq!(claimed, [false, false, false, false, true]);
 }
 
@@ -644,7 +644,7 @@ fn filling() {
 fn claims_need_a_census() {
     let mem = node_mem();
     let tree = tree_at(&mem, handed_over(&mem, &[(0x100, 4)]));
-    assert!(!is_claimed(&tree, &Stats::default(), &Fake::new(), block(0x100, 0)));
+    assert!(larger_block(&tree, &Stats::default(), &Fake::new(), block(0x100, 0)).is_none());
 }
 
 /// A range is in a set if each frame is, and how long that takes to tell does not depend on how far
