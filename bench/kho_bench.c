@@ -11,6 +11,8 @@
  *                                    page allocator's largest blocks
  *   kho_bench=range,SKIP,PAGES       contiguous pages, that many after an
  *                                    aligned one
+ *   kho_bench=gigantic,ORDER,COUNT   folios that the page allocator has not in one
+ *                                    piece, in a row
  *   kho_bench=vmalloc,ORDER,PAGES    an area, of huge pages unless ORDER is 0
  *
  * ORDER is a number, or "mixed".  With kho_bench_peer as well, the scheme that
@@ -47,7 +49,7 @@
 #define BENCH_MIXED	UINT_MAX
 #define BENCH_ROUNDS	3
 
-enum bench_kind { COLD, ADJACENT, SCATTERED, RANDOM, SPARSE, RANGE, VMALLOC };
+enum bench_kind { COLD, ADJACENT, SCATTERED, RANDOM, SPARSE, RANGE, GIGANTIC, VMALLOC };
 
 static const char * const kind_names[] = {
 	[COLD] = "cold",
@@ -56,6 +58,7 @@ static const char * const kind_names[] = {
 	[RANDOM] = "random",
 	[SPARSE] = "sparse",
 	[RANGE] = "range",
+	[GIGANTIC] = "gigantic",
 	[VMALLOC] = "vmalloc",
 };
 
@@ -127,7 +130,7 @@ static int __init parse_param(void)
 		return -EINVAL;
 	if (!strcmp(word, "mixed"))
 		order = BENCH_MIXED;
-	else if (kstrtouint(word, 10, &order) || order > MAX_PAGE_ORDER)
+	else if (kstrtouint(word, 10, &order) || order > MAX_FOLIO_ORDER)
 		return -EINVAL;
 	return kstrtoul(next, 10, &count);
 }
@@ -272,6 +275,17 @@ static int __init alloc_range(void)
 	return 0;
 }
 
+/* Until they are restored, they are pages. */
+static int __init alloc_gigantic(void)
+{
+	range = alloc_contig_pages(count << order, GFP_KERNEL, first_memory_node, NULL);
+	if (!range)
+		return -ENOMEM;
+	for (unsigned long i = 0; i < count; i++)
+		mark(page_address(range + (i << order)), i);
+	return 0;
+}
+
 static int __init alloc_area(void)
 {
 	size_t size = count << PAGE_SHIFT;
@@ -290,6 +304,8 @@ static int __init preserve_all(void)
 
 	if (kind == RANGE)
 		return kho_preserve_pages(range, count);
+	if (kind == GIGANTIC)
+		return kho_preserve_pages(range, count << order);
 	if (kind == VMALLOC)
 		return kho_preserve_vmalloc(area, &preserved_area);
 	for (unsigned long i = 0; i < count && !err; i++)
@@ -301,6 +317,8 @@ static void __init unpreserve_all(void)
 {
 	if (kind == RANGE) {
 		kho_unpreserve_pages(range, count);
+	} else if (kind == GIGANTIC) {
+		kho_unpreserve_pages(range, count << order);
 	} else if (kind == VMALLOC) {
 		kho_unpreserve_vmalloc(&preserved_area);
 	} else {
@@ -535,7 +553,8 @@ static int __init measure_preserve(void)
 	u64 ticks, unpreserve = U64_MAX, represerve = U64_MAX;
 	int err;
 
-	err = kind == RANGE ? alloc_range() : kind == VMALLOC ? alloc_area() : alloc_folios();
+	err = kind == RANGE ? alloc_range() : kind == GIGANTIC ? alloc_gigantic() :
+	      kind == VMALLOC ? alloc_area() : alloc_folios();
 	if (err)
 		return err;
 	if (with_peer && folios)
@@ -622,6 +641,24 @@ static int __init restore_range(struct bench_handover *ho)
 	return 0;
 }
 
+static int __init restore_gigantic(struct bench_handover *ho)
+{
+	bool good = true;
+	u64 ticks;
+
+	ticks = ticks_of({
+		for (unsigned long i = 0; i < ho->count; i++)
+			good &= !!kho_restore_folio(ho->phys + (PAGE_SIZE * i << ho->order));
+	});
+	report("restore", ticks, ho->count);
+	for (unsigned long i = 0; i < ho->count; i++) {
+		void *start = phys_to_virt(ho->phys + (PAGE_SIZE * i << ho->order));
+
+		good &= marked(start, i) && folio_order(virt_to_folio(start)) == ho->order;
+	}
+	return good ? 0 : -EIO;
+}
+
 static int __init restore_area(struct bench_handover *ho)
 {
 	void *start;
@@ -646,6 +683,8 @@ static int __init measure_restore(phys_addr_t phys)
 		return -EIO;
 	if (ho->kind == RANGE)
 		return restore_range(ho);
+	if (ho->kind == GIGANTIC)
+		return restore_gigantic(ho);
 	if (ho->kind == VMALLOC)
 		return restore_area(ho);
 	return restore_folios(ho);
