@@ -57,8 +57,8 @@ struct kho_glue_folio {
 
 /* Room for where a CPU found its last leaves, one in a cache line; see kho_radix.rs. */
 struct kho_glue_hints {
-	u64 words[16][4];
-} __aligned(32);
+	u64 words[16][8];
+} __aligned(64);
 
 /* struct pages */
 struct page *kho_glue_pfn_to_page(unsigned long pfn);

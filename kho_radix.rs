@@ -31,15 +31,18 @@
 //!
 //! Keys of one order that are added or removed one after the other mostly share a leaf. So each
 //! CPU remembers the leaf that it used last for an order, see [`Hints`], and goes there without a
-//! descent if the next key belongs to it:
+//! descent if the next key belongs to it. Keys in random order mostly share the table above their
+//! leaves, which is remembered as well:
 //!
 //! ```text
-//!  hint    generation | root | key >> LEAF_BITS | leaf
-//!          the same as now, as this tree's, as this key's?  yes: the leaf.  no: descend, remember.
+//!  hint    generation | root | key >> LEAF_BITS | leaf | table
+//!          the same as now, as this tree's, as this key's?  yes: the leaf.
+//!                                           but for the bits of level 1?  look in the table.
+//!                                                           else: descend, remember.
 //! ```
 //!
-//! A hint says "this tree has that leaf for those keys", which stays true for as long as no node is
-//! taken away. [`NodeMem::new_generation`] invalidates all hints at once; `prune` and `destroy`
+//! A hint says "this tree has that leaf for those keys, below that table", which stays true for as
+//! long as no node is taken away. [`NodeMem::new_generation`] invalidates all hints at once; `prune` and `destroy`
 //! call it while they are alone, before they free anything. Hints are read and written under a
 //! guard only. So a CPU that finds a hint of the present generation is in the tree, and no node has
 //! been taken away since the hint was written.
@@ -183,6 +186,21 @@ impl Node {
         Some((first, count))
     }
 
+    /// Returns whether `count` bits from bit `from` on are set.
+    pub(crate) fn has_range(&self, from: u64, count: u64) -> bool {
+        let end = from.saturating_add(count);
+        let mut at = from;
+        while at < end {
+            let first = at & !(WORD_BITS - 1);
+            let bits = bits_between(at.saturating_sub(first), end.saturating_sub(first));
+            if !self.word(at / WORD_BITS).load() & bits != 0 {
+                return false;
+            }
+            at = first.saturating_add(WORD_BITS);
+        }
+        true
+    }
+
     /// Sets `count` bits from bit `from` on, while nobody else uses the node; returns how many
     /// were set before.
     #[link_section = ".init.text"]
@@ -297,13 +315,16 @@ impl Hints {
 /// # Invariants
 ///
 /// While nodes are of `generation`, the tree whose root is at `root` has its leaf for the keys
-/// whose upper bits are `keys` at `leaf`; or `root` is 0.
-#[repr(C)]
+/// whose upper bits are `keys` at `leaf`, and above that its table of level 1 at `table`; or `root`
+/// is 0.
+// A cache line each.
+#[repr(C, align(64))]
 struct Hint {
     generation: Cell<u64>,
     root: Cell<u64>,
     keys: Cell<u64>,
     leaf: Cell<u64>,
+    table: Cell<u64>,
 }
 
 impl Hint {
@@ -319,12 +340,32 @@ impl Hint {
         NodeAddr::new(self.leaf.get())
     }
 
+    /// Returns the table above the leaf for `key`, if it is the one that was noted.
     #[inline(always)]
-    fn remember(&self, generation: u64, root: NodeAddr, key: Key, leaf: NodeAddr) {
-        self.generation.set(generation);
-        self.root.set(root.get());
+    fn table_for(&self, generation: u64, root: NodeAddr, key: Key) -> Option<NodeAddr> {
+        if (self.keys.get() ^ leaf_keys(key)) >> TABLE_BITS != 0
+            || self.root.get() != root.get()
+            || self.generation.get() != generation
+        {
+            return None;
+        }
+        NodeAddr::new(self.table.get())
+    }
+
+    /// Notes another leaf below the same table.
+    #[inline(always)]
+    fn remember_leaf(&self, key: Key, leaf: NodeAddr) {
         self.keys.set(leaf_keys(key));
         self.leaf.set(leaf.get());
+    }
+
+    /// Notes a table and a leaf below it.
+    #[inline(always)]
+    fn remember(&self, generation: u64, root: NodeAddr, key: Key, table: NodeAddr, leaf: NodeAddr) {
+        self.generation.set(generation);
+        self.root.set(root.get());
+        self.table.set(table.get());
+        self.remember_leaf(key, leaf);
     }
 }
 
@@ -336,6 +377,7 @@ impl Default for Hint {
             root: Cell::new(0),
             keys: Cell::new(0),
             leaf: Cell::new(0),
+            table: Cell::new(0),
         }
     }
 }
@@ -525,11 +567,11 @@ impl<M: NodeMem> Tree<M> {
         self.root
     }
 
-    /// Returns where the leaf for `key` is, or the level and entry where the way to it ends.
+    /// Returns where the table above the leaf for `key` is, or the level and entry where the way to
+    /// it ends.
     #[inline(always)]
-    fn locate(&self, key: Key) -> Result<NodeAddr, (u32, &Word)> {
-        // A step for each level there is: a loop is half as long again, and is the way of every
-        // key that does not follow the last one.
+    fn locate_table(&self, key: Key) -> Result<NodeAddr, (u32, &Word)> {
+        // A step for each level there is: a loop is half as long again.
         const _: () = assert!(ROOT <= 5);
         let mut addr = self.root;
         if ROOT >= 5 {
@@ -544,7 +586,7 @@ impl<M: NodeMem> Tree<M> {
         if ROOT >= 2 {
             addr = self.child(addr, key, 2)?;
         }
-        self.child(addr, key, 1)
+        Ok(addr)
     }
 
     /// Returns where the way to `key` goes from the table at `addr`, which is at `level`, or that
@@ -558,7 +600,8 @@ impl<M: NodeMem> Tree<M> {
     /// Returns the leaf for `key`, or the level and entry where the way to it ends.
     #[inline(always)]
     fn find(&self, key: Key) -> Result<&Node, (u32, &Word)> {
-        self.locate(key).map(|addr| self.mem.node(addr))
+        let table = self.locate_table(key)?;
+        self.child(table, key, 1).map(|addr| self.mem.node(addr))
     }
 
     /// Returns where the leaf for `key` is, if it is the one that was noted.
@@ -570,16 +613,28 @@ impl<M: NodeMem> Tree<M> {
     }
 
     /// Finds the leaf for `key` as [`Tree::find_leaf`], and notes it.
-    #[inline(never)]
+    // Always inlined: it is the way of every key that does not follow the last one.
+    #[inline(always)]
     fn search(&self, guard: &M::Guard<'_>, key: Key) -> Option<&Node> {
-        let addr = self.locate(key).ok()?;
+        let hint = guard.hints().of(key);
+        let Some(table) = hint.table_for(guard.generation(), self.root, key) else {
+            return self.search_from_root(guard, key);
+        };
+        let leaf = self.child(table, key, 1).ok()?;
         // INVARIANT: It has just been found. No node is taken away under the guard, and the
         // generation changes before any is.
-        guard
-            .hints()
-            .of(key)
-            .remember(guard.generation(), self.root, key, addr);
-        Some(self.mem.node(addr))
+        hint.remember_leaf(key, leaf);
+        Some(self.mem.node(leaf))
+    }
+
+    #[inline(never)]
+    fn search_from_root(&self, guard: &M::Guard<'_>, key: Key) -> Option<&Node> {
+        let table = self.locate_table(key).ok()?;
+        let leaf = self.child(table, key, 1).ok()?;
+        let hint = guard.hints().of(key);
+        // INVARIANT: As above.
+        hint.remember(guard.generation(), self.root, key, table, leaf);
+        Some(self.mem.node(leaf))
     }
 
     /// Adds `key`; returns whether it is new. May sleep.

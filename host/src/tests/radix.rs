@@ -626,6 +626,9 @@ fn filling_a_leaf() {
             let (low, high) = (from.saturating_sub(70), (from + count + 70).min(LEAF));
             let set: u64 = bits(low, high).sum();
             assert_eq!((set, bits(from, from + count).sum()), (count, count));
+            assert!(leaf.has_range(from, count), "{from} {count}");
+            assert!(from == 0 || !leaf.has_range(from - 1, count + 1));
+            assert!(to == LEAF || !leaf.has_range(from, count + 1));
             if count > 4 {
                 // The same again, and one more at either end.
                 assert_eq!(leaf.set_range(from + 1, count - 2), count - 2);
@@ -657,6 +660,7 @@ fn filling_a_leaf_at_random() {
         let from = rng.below(LEAF);
         let count = rng.bits(9).min(LEAF - from);
         let again = model.range(from..from + count).count() as u64;
+        assert_eq!(leaf.has_range(from, count), again == count);
         assert_eq!(leaf.set_range(from, count), again);
         model.extend(from..from + count);
     }
@@ -761,7 +765,7 @@ fn steps<R>(mem: &Mem, work: impl FnOnce() -> R) -> (u64, R) {
     (mem.steps.load(SeqCst) - before, result)
 }
 
-/// A key in the leaf that was used last costs no descent, any other one does.
+/// A key in the leaf that was used last costs no descent, one below the same table a step of it.
 #[test]
 fn neighbours_need_no_descent() {
     let mem = Mem::new();
@@ -782,17 +786,23 @@ fn neighbours_need_no_descent() {
         (1, Removal::Absent)
     );
     tree.add(key(last + 1)).unwrap();
-    assert_eq!(
-        steps(&mem, || tree.add(key(last + 1))),
-        (far, Ok(false))
-    );
-    assert_eq!(steps(&mem, || tree.add(key(last))), (far, Ok(false)));
+    assert_eq!(steps(&mem, || tree.add(key(last + 1))), (2, Ok(false)));
+    assert_eq!(steps(&mem, || tree.add(key(last))), (2, Ok(false)));
     assert_eq!(
         steps(&mem, || tree.remove(key(last + 1))),
-        (far, Removal::Emptied)
+        (2, Removal::Emptied)
     );
+    // Where the table has no leaf, what was noted stays.
+    let none = key(last + 1 + LEAF);
+    assert_eq!(steps(&mem, || tree.remove(none)), (1, Removal::Absent));
     assert_eq!(
         steps(&mem, || tree.remove(key(base))),
+        (2, Removal::Emptied)
+    );
+    let elsewhere = base + (LEAF << abi::TABLE_LOG2);
+    tree.add(key(elsewhere)).unwrap();
+    assert_eq!(
+        steps(&mem, || tree.remove(key(elsewhere))),
         (far, Removal::Emptied)
     );
     tree.add(key(base)).unwrap();
