@@ -87,6 +87,7 @@ mod kho_radix;
 mod kho_range;
 mod kho_scratch;
 mod kho_state;
+mod kho_struct_pages;
 #[cfg(CONFIG_KEXEC_HANDOVER_DEBUGFS)]
 mod kho_summary;
 mod kho_takeover;

@@ -142,6 +142,8 @@ pub(crate) struct Stats {
     pub(crate) nodes: u64,
     /// Blocks that can be taken over, by order.
     blocks: [u64; ORDERS],
+    /// Orders that have any, a bit each.
+    orders: u64,
     /// Frames in those blocks, each counted once.
     pub(crate) frames: u64,
     /// The first frame that was found to be in more than one block.
@@ -160,6 +162,7 @@ impl Default for Stats {
         Self {
             nodes: 0,
             blocks: [0; ORDERS],
+            orders: 0,
             frames: 0,
             overlap: None,
             lost: 0,
@@ -170,6 +173,16 @@ impl Default for Stats {
 }
 
 impl Stats {
+    /// Returns the orders that have blocks, the largest first.
+    pub(crate) fn orders_down(&self) -> impl Iterator<Item = Order> {
+        let mut rest = self.orders;
+        core::iter::from_fn(move || {
+            let order = Order::new(rest.checked_ilog2()?)?;
+            rest ^= 1u64.wrapping_shl(order.get());
+            Some(order)
+        })
+    }
+
     /// Returns the orders that have blocks, and how many.
     pub(crate) fn orders(&self) -> impl Iterator<Item = (Order, u64)> + '_ {
         Order::all()
@@ -284,6 +297,7 @@ impl<M: NodeMem, S: NodeMem> Check<'_, M, S> {
         if let Some(blocks) = self.stats.blocks.get_mut(order.get() as usize) {
             *blocks = blocks.saturating_add(count);
         }
+        self.stats.orders |= 1u64.wrapping_shl(order.get());
         self.stats.frames = self.stats.frames.saturating_add(frames);
     }
 
@@ -496,17 +510,16 @@ pub(crate) fn larger_block<M: NodeMem>(
     machine: &dyn Machine,
     block: Block,
 ) -> Option<Block> {
-    let mut found = None;
-    for (order, _) in stats.orders() {
+    for order in stats.orders_down() {
         if order <= block.order() {
-            continue;
+            break;
         }
         let larger = block.enclosing(order);
         if tree.contains(Key::of(larger))
             && (stats.lost == 0 || is_usable(machine, Frames::of_block(larger)))
         {
-            found = Some(larger);
+            return Some(larger);
         }
     }
-    found
+    None
 }

@@ -166,13 +166,10 @@ void __init kho_glue_make_head(struct page *page, unsigned int order)
 	prep_compound_head(page, order);
 }
 
-void __init kho_glue_make_tails(struct page *tail, unsigned long count, unsigned long head,
-				unsigned int order)
+void __init kho_glue_make_tail(struct page *tail, unsigned long head, unsigned int order)
 {
-	for (unsigned long i = 0; i < count; i++) {
-		set_page_count(tail + i, 0);
-		prep_compound_tail(tail + i, pfn_to_page(head), order);
-	}
+	set_page_count(tail, 0);
+	prep_compound_tail(tail, pfn_to_page(head), order);
 }
 
 /* There is no lowmem_reserve to be updated yet. */

@@ -75,8 +75,7 @@ void kho_glue_init_cma(unsigned long pfn, unsigned long nr_pages);
 unsigned long kho_glue_first_deferred(int nid);
 void kho_glue_init_deferred(struct page *page, unsigned long pfn, int nid);
 void kho_glue_make_head(struct page *page, unsigned int order);
-void kho_glue_make_tails(struct page *tail, unsigned long count, unsigned long head,
-			 unsigned int order);
+void kho_glue_make_tail(struct page *tail, unsigned long head, unsigned int order);
 void kho_glue_add_managed(struct page *page, unsigned long nr_pages);
 void kho_glue_init_pageblocks(unsigned long pfn, unsigned long nr_pages);
 void kho_glue_free_block(unsigned long pfn, unsigned int order);

@@ -156,11 +156,8 @@ pub(crate) fn has_frames<M: NodeMem>(set: &Tree<M>, frames: Frames) -> bool {
     let mut rest = frames;
     while !rest.is_empty() {
         let part = rest.head_to(LEAF_SIZE);
-        let bit = part.start() % LEAF_SIZE;
-        let run = set
-            .find_leaf(Key::of_frame(part.start()))
-            .and_then(|leaf| leaf.run_from(bit));
-        if !run.is_some_and(|(first, count)| first == bit && count >= part.count()) {
+        let leaf = set.find_leaf(Key::of_frame(part.start()));
+        if !leaf.is_some_and(|leaf| leaf.has_range(part.start() % LEAF_SIZE, part.count())) {
             return false;
         }
         rest = rest.from(part.end());

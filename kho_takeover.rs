@@ -74,10 +74,7 @@ use super::kho_key::{
     Pfn, //
 };
 use super::kho_memblock::Memblock;
-use super::kho_mm::{
-    self,
-    GrainPages, //
-};
+use super::kho_mm;
 use super::kho_nodemem::{
     self,
     Direct, //
@@ -89,6 +86,7 @@ use super::kho_radix::{
     Tree, //
 };
 use super::kho_range::Frames;
+use super::kho_struct_pages::GrainPages;
 use super::kho_word::bits;
 use super::PAGE_SHIFT;
 use core::sync::atomic::{
@@ -399,30 +397,32 @@ impl Takeover {
     }
 
     /// Makes the struct pages in some frames of one grain and zone what restoring finds, see
-    /// [`GrainPages`]. If they `are_deferred`, which only those of a whole grain can be, they are
+    /// [`GrainPages`]; returns whether all of the frames can be restored. If they `are_deferred`, which only those of a whole grain can be, they are
     /// initialised first. Nothing can be restored of a handover that was refused.
     ///
     /// Memory that several blocks claim goes to the largest of them: the others are not added, so
     /// that no frame can be restored twice.
     #[link_section = ".init.text"]
-    fn prepare(&self, frames: Frames, are_deferred: bool) {
+    fn prepare(&self, frames: Frames, are_deferred: bool) -> bool {
         // SAFETY: All of it has been reserved, and is RAM as far as there are blocks.
         let Some(mut pages) = (unsafe { GrainPages::new(frames, are_deferred) }) else {
-            return;
+            return false;
         };
         if !self.is_refused() {
             if let Some(block) = self.block_around(frames) {
                 pages.add(block);
             } else {
-                for (order, _) in self.stats.orders() {
-                    if order > Order::ZERO {
-                        self.add_blocks(&mut pages, order);
+                for order in self.stats.orders_down() {
+                    self.add_blocks(&mut pages, order);
+                    if pages.is_full() {
+                        break;
                     }
                 }
-                self.add_blocks(&mut pages, Order::ZERO);
             }
         }
+        let is_full = pages.is_full();
         pages.finish();
+        is_full
     }
 
     /// Returns the block that has all of a grain and more, if there is one. `frames` are some of
@@ -487,8 +487,9 @@ impl Takeover {
         if self.pending.remove(grain.key()) == Removal::Absent {
             return;
         }
-        self.prepare(grain.frames(), self.uninit.contains(grain.key()));
-        self.free_gaps(grain.frames());
+        if !self.prepare(grain.frames(), self.uninit.contains(grain.key())) {
+            self.free_gaps(grain.frames());
+        }
     }
 
     /// Releases the grains that have anything to give back and need no more struct pages for it:

@@ -124,6 +124,8 @@ fn check_on(machine: &Fake, blocks: &[(u64, u32)]) {
     });
     let counts: Vec<_> = counts.filter(|(_, count)| *count > 0).collect();
     assert_eq!(orders, counts);
+    let down = stats.orders_down().map(|of| of.get());
+    assert!(down.eq(orders.iter().rev().map(|(of, _)| *of)));
 
     // Large blocks come first, so that the first one to be met again is the largest inner one.
     let inner = blocks.iter().filter(|block| largest_around(&blocks, **block).is_some());
