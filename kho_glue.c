@@ -70,11 +70,6 @@ struct page *kho_glue_pfn_to_page(unsigned long pfn)
 	return pfn_to_page(pfn);
 }
 
-struct page *kho_glue_pfn_to_online_page(unsigned long pfn)
-{
-	return pfn_to_online_page(pfn);
-}
-
 unsigned long kho_glue_page_to_pfn(const struct page *page)
 {
 	return page_to_pfn(page);
@@ -249,14 +244,6 @@ void *kho_glue_alloc_page(void)
 
 /* folios */
 
-struct kho_glue_folio kho_glue_folio(struct folio *folio)
-{
-	return (struct kho_glue_folio) {
-		.pfn = folio_pfn(folio),
-		.order = folio_order(folio),
-	};
-}
-
 void *kho_glue_alloc_folio(unsigned int order)
 {
 	struct folio *folio = folio_alloc(GFP_KERNEL | __GFP_ZERO, order);
@@ -362,24 +349,7 @@ void *kho_glue_vmap_done(struct vm_struct *area, struct page **pages,
 static DEFINE_MUTEX(kho_fdt_mutex);
 static DEFINE_MUTEX(kho_prune_mutex);
 
-static DEFINE_PER_CPU(struct kho_glue_hints, kho_hints);
-
-/*
- * Disables preemption; returns the CPU's hints.  A caller may have to wait for a
- * prune or to allocate nodes.  It must not be an interrupt, which may have come
- * while the hints of this CPU were being changed.
- */
-struct kho_glue_hints *kho_glue_enter(void)
-{
-	might_sleep();
-	preempt_disable();
-	return this_cpu_ptr(&kho_hints);
-}
-
-void kho_glue_leave(void)
-{
-	preempt_enable();
-}
+DEFINE_PER_CPU(struct kho_glue_hints, kho_hints);
 
 void kho_glue_mutex_init(struct mutex *lock)
 {

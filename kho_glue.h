@@ -15,6 +15,7 @@
 #include <linux/kho_radix_tree.h>
 #include <linux/libfdt.h>
 #include <linux/memblock.h>
+#include <linux/percpu-defs.h>
 #include <linux/seq_file.h>
 #include <linux/timex.h>
 #include <linux/utsname.h>
@@ -60,13 +61,15 @@ struct kho_glue_hints {
 	u64 words[16][8];
 } __aligned(64);
 
+DECLARE_PER_CPU(struct kho_glue_hints, kho_hints);
+
 /* struct pages */
 struct page *kho_glue_pfn_to_page(unsigned long pfn);
-struct page *kho_glue_pfn_to_online_page(unsigned long pfn);
 unsigned long kho_glue_page_to_pfn(const struct page *page);
 bool kho_glue_one_node(unsigned long first, unsigned long last);
 bool kho_glue_is_plugged(unsigned long start, unsigned long end);
 int kho_glue_early_pfn_to_nid(unsigned long pfn);
+void kho_glue_clear_tags(struct page *page, unsigned long nr_pages);
 void kho_glue_split(struct page *page, unsigned int order);
 void kho_glue_free_page(phys_addr_t phys);
 void kho_glue_init_cma(unsigned long pfn, unsigned long nr_pages);
@@ -89,7 +92,6 @@ void kho_glue_cond_resched(void);
 void *kho_glue_alloc_page(void);
 
 /* folios */
-struct kho_glue_folio kho_glue_folio(struct folio *folio);
 void *kho_glue_alloc_folio(unsigned int order);
 void *kho_glue_alloc_folio_from(unsigned int order, int nid, gfp_t zone);
 void kho_glue_folio_put(struct folio *folio);
@@ -109,8 +111,6 @@ void *kho_glue_vmap_done(struct vm_struct *area, struct page **pages,
 			 unsigned long nr_pages, bool vm_alloc);
 
 /* locks, time, environment */
-struct kho_glue_hints *kho_glue_enter(void);
-void kho_glue_leave(void);
 void kho_glue_mutex_init(struct mutex *lock);
 void kho_glue_lock_fdt(void);
 void kho_glue_unlock_fdt(void);
