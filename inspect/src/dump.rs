@@ -3,29 +3,29 @@
 //! A dump of a machine's memory: an ELF core, as QEMU's `dump-guest-memory`, kdump and
 //! `/proc/kcore` have it. It is read piece by piece.
 
-use crate::core::{
-    kho_check::Machine,
-    kho_range::Frames,
-    PAGE_SHIFT, //
-};
 use object::{
     elf,
-    read::elf::{
-        FileHeader,
-        ProgramHeader, //
+    read::{
+        elf::{
+            FileHeader,
+            ProgramHeader, //
+        },
+        ReadCache, //
     },
     LittleEndian, //
 };
 use std::{
+    error::Error,
     fs::File,
+    ops::Range,
     os::unix::fs::FileExt,
     path::Path, //
 };
 
-/// Program headers are looked for in as many bytes at the start of the file.
-const HEADERS: usize = 1 << 20;
+/// More notes than any machine has.
+const NOTES_MAX: u64 = 1 << 20;
 
-/// A piece of RAM, in bytes: where it is, how long it is, and where in the file.
+/// What the file has of a piece of RAM: from which address on, how many bytes, and where.
 struct Segment {
     phys: u64,
     size: u64,
@@ -33,149 +33,114 @@ struct Segment {
 }
 
 /// A dump.
-///
-/// # Invariants
-///
-/// `segments` are sorted by address, do not overlap, and none wraps around.
 pub(crate) struct Dump {
     file: File,
+    /// By address. They may overlap: `/proc/kcore` has the kernel's text twice.
     segments: Vec<Segment>,
-    /// Scratch areas, which hold nothing that is preserved.
-    scratch: Vec<Frames>,
+    /// RAM, ascending, whether the file has it or not: tools leave out pages.
+    pub(crate) ram: Vec<Range<u64>>,
+    /// The size of a page, if the kernel said so in its VMCOREINFO.
+    pub(crate) page_size: Option<u64>,
 }
 
 impl Dump {
     /// Opens a dump and reads where it has which memory.
-    pub(crate) fn open(path: &Path) -> Result<Self, String> {
-        let say = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
-        let file = File::open(path).map_err(|error| say(&error))?;
-        let mut head = vec![0; HEADERS];
-        let mut len = 0;
-        while len < head.len() {
-            match file.read_at(&mut head[len..], len as u64) {
-                Ok(0) => break,
-                Ok(more) => len += more,
-                Err(error) => return Err(say(&error)),
+    pub(crate) fn open(path: &Path) -> Result<Self, Box<dyn Error>> {
+        let file = File::open(path)?;
+        let (mut segments, mut ram, mut page_size) = (Vec::new(), Vec::new(), None);
+        let data = ReadCache::new(&file);
+        let header = elf::FileHeader64::<LittleEndian>::parse(&data)?;
+        let endian = header.endian()?;
+        for program in header.program_headers(endian, &data)? {
+            let (phys, size) = (program.p_paddr(endian), program.p_memsz(endian));
+            let in_file = program.p_filesz(endian);
+            match program.p_type(endian) {
+                elf::PT_NOTE if in_file <= NOTES_MAX => {
+                    let mut notes = program.notes(endian, &data)?;
+                    while let Some(note) = notes.as_mut().and_then(|it| it.next().ok()?) {
+                        page_size = page_size.or(page_size_in(note.name(), note.desc()));
+                    }
+                }
+                elf::PT_LOAD => {
+                    // In /proc/kcore, what is not the direct map has no physical address.
+                    let Some(end) = phys.checked_add(size) else {
+                        continue;
+                    };
+                    ram.push(phys..end);
+                    segments.push(Segment {
+                        phys,
+                        size: in_file.min(size),
+                        offset: program.p_offset(endian),
+                    });
+                }
+                _ => {}
             }
         }
-        let head = &head[..len];
-        let header = elf::FileHeader64::<LittleEndian>::parse(head).map_err(|error| say(&error))?;
-        let endian = header.endian().map_err(|error| say(&error))?;
-        let programs = header
-            .program_headers(endian, head)
-            .map_err(|error| say(&error))?;
-        let mut segments: Vec<Segment> = programs
-            .iter()
-            .filter(|program| program.p_type(endian) == elf::PT_LOAD)
-            .map(|program| Segment {
-                phys: program.p_paddr(endian),
-                size: program.p_filesz(endian),
-                offset: program.p_offset(endian),
-            })
-            // In /proc/kcore, what is not the direct map has no physical address.
-            .filter(|segment| segment.size > 0 && segment.phys.checked_add(segment.size).is_some())
-            .collect();
+        drop(data);
         segments.sort_by_key(|segment| segment.phys);
-        // Memory that is in a dump twice is looked at once.
-        let mut end = 0;
-        segments.retain(|segment| {
-            let is_new = segment.phys >= end;
-            if is_new {
-                end = segment.phys + segment.size;
-            }
-            is_new
-        });
-        if segments.is_empty() {
-            return Err(say(&"no memory in it"));
+        let ram = merge(ram);
+        if ram.is_empty() {
+            return Err("no memory in it".into());
         }
         Ok(Self {
             file,
             segments,
-            scratch: Vec::new(),
+            ram,
+            page_size,
         })
     }
 
-    /// Notes a scratch area.
-    pub(crate) fn add_scratch(&mut self, area: Frames) {
-        self.scratch.push(area);
-    }
-
-    /// Reads as many bytes as `into` has from a physical address; returns whether all are there.
-    pub(crate) fn read(&self, phys: u64, into: &mut [u8]) -> bool {
+    /// Reads from a physical address; returns how many bytes of `into` there are before the first
+    /// one that the file does not have.
+    pub(crate) fn read(&self, phys: u64, into: &mut [u8]) -> usize {
         let mut done = 0;
-        while done < into.len() {
-            let Some(at) = phys.checked_add(done as u64) else {
-                return false;
-            };
-            let next = self.segments.partition_point(|segment| segment.phys <= at);
-            let Some(segment) = next.checked_sub(1).map(|index| &self.segments[index]) else {
-                return false;
-            };
-            let skip = at - segment.phys;
-            if skip >= segment.size {
-                return false;
-            }
-            let len = (segment.size - skip).min((into.len() - done) as u64) as usize;
-            let Some(from) = segment.offset.checked_add(skip) else {
-                return false;
-            };
-            if self
-                .file
-                .read_exact_at(&mut into[done..done + len], from)
-                .is_err()
-            {
-                return false;
-            }
-            done += len;
-        }
-        true
-    }
-
-    /// Returns the pieces of RAM, ascending, as first address and size.
-    pub(crate) fn pieces(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
-        self.segments
-            .iter()
-            .map(|segment| (segment.phys, segment.size))
-    }
-
-    /// Returns the frames of which all bytes are in one piece of RAM.
-    fn frames(&self) -> impl Iterator<Item = Frames> + '_ {
-        self.pieces().map(|(phys, size)| {
-            let page = 1 << PAGE_SHIFT;
-            let start = phys.div_ceil(page);
-            Frames::between(start, (phys + size) / page)
-        })
-    }
-
-    /// Returns the first frames of `frames` that are not in a scratch area.
-    fn outside_scratch(&self, frames: Frames) -> Frames {
-        let mut rest = frames;
-        for area in &self.scratch {
-            if area.start() <= rest.start() && rest.start() < area.end() {
-                return Frames::EMPTY;
-            }
-            if area.start() > rest.start() {
-                rest = rest.until(area.start());
+        while let Some(at) = phys.checked_add(done as u64).filter(|_| done < into.len()) {
+            let rest = &mut into[done..];
+            let behind = self.segments.partition_point(|segment| segment.phys <= at);
+            // The last one is nearly always the one; not if it is short and lies in another.
+            let mut parts = self.segments[..behind].iter().rev().map(|segment| {
+                let skip = at - segment.phys;
+                let len = segment.size.saturating_sub(skip).min(rest.len() as u64);
+                let from = segment.offset.saturating_add(skip);
+                self.file.read_at(&mut rest[..len as usize], from)
+            });
+            match parts.find(|part| part.as_ref().is_ok_and(|len| *len > 0)) {
+                Some(Ok(len)) => done += len,
+                _ => break,
             }
         }
-        rest
+        done
+    }
+
+    /// Returns the memory that the file has, or says that it has, ascending.
+    pub(crate) fn pieces(&self) -> Vec<Range<u64>> {
+        let pieces = self.segments.iter();
+        merge(
+            pieces
+                .map(|piece| piece.phys..piece.phys + piece.size)
+                .collect(),
+        )
     }
 }
 
-impl Machine for Dump {
-    fn ram_end(&self) -> u64 {
-        self.frames().map(Frames::end).max().unwrap_or(0)
+/// Makes one range of those that touch or overlap.
+fn merge(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    ranges.sort_by_key(|range| range.start);
+    let mut merged: Vec<Range<u64>> = Vec::new();
+    for range in ranges.into_iter().filter(|range| !range.is_empty()) {
+        match merged.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => merged.push(range),
+        }
     }
+    merged
+}
 
-    fn usable(&self, pfn: u64) -> Option<Frames> {
-        let piece = self
-            .frames()
-            .find(|frames| frames.start() <= pfn && pfn < frames.end())?;
-        Some(self.outside_scratch(piece.from(pfn))).filter(|frames| !frames.is_empty())
-    }
-
-    fn ram(&self, pfn: u64) -> Option<Frames> {
-        let mut pieces = self.frames().map(|frames| frames.from(pfn));
-        pieces.find(|frames| !frames.is_empty())
-    }
+/// Returns the size of a page that a note says, if it does.
+fn page_size_in(name: &[u8], text: &[u8]) -> Option<u64> {
+    let text = std::str::from_utf8(text)
+        .ok()
+        .filter(|_| name == b"VMCOREINFO")?;
+    let mut lines = text.lines();
+    lines.find_map(|line| line.strip_prefix("PAGESIZE=")?.parse().ok())
 }

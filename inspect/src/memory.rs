@@ -2,32 +2,36 @@
 
 //! Tree nodes: those of the dump, and those of the sets that a check fills.
 
-use crate::{
-    core::{
-        kho_radix::{
-            Guard,
-            Hints,
-            Node,
-            NodeAddr,
-            NodeMem,
-            WORDS, //
-        },
-        PAGE_SHIFT, //
+use super::{
+    kho_radix::{
+        Guard,
+        Hints,
+        Node,
+        NodeAddr,
+        NodeMem,
+        WORDS, //
     },
-    dump::Dump, //
+    PAGE_SHIFT, //
 };
+use crate::dump::Dump;
 use elsa::FrozenMap;
-use std::cell::Cell;
+use object::pod::bytes_of_slice_mut;
+use std::cell::{
+    Cell,
+    RefCell, //
+};
 
 /// Addresses from here on are those of sets; no machine has memory there.
 const SETS: u64 = 1 << 62;
 
 /// Nodes by their address. Those of the dump are read when they are looked at, and stay.
-pub(crate) struct Memory<'a> {
+pub(super) struct Memory<'a> {
     dump: &'a Dump,
     nodes: FrozenMap<u64, Box<Page>>,
     next: Cell<u64>,
     hints: Hints,
+    /// Where nodes were looked at that the dump does not have.
+    pub(super) missing: RefCell<Vec<u64>>,
 }
 
 /// A node as it is read: [`Node`] has the same layout, and any bits are a node.
@@ -35,12 +39,13 @@ pub(crate) struct Memory<'a> {
 struct Page([u64; WORDS as usize]);
 
 impl<'a> Memory<'a> {
-    pub(crate) fn new(dump: &'a Dump) -> Self {
+    pub(super) fn new(dump: &'a Dump) -> Self {
         Self {
             dump,
             nodes: FrozenMap::new(),
             next: Cell::new(SETS),
             hints: Hints::default(),
+            missing: RefCell::default(),
         }
     }
 
@@ -48,21 +53,24 @@ impl<'a> Memory<'a> {
         if let Some(page) = self.nodes.get(&phys) {
             return page;
         }
-        let mut bytes = vec![0; 1 << PAGE_SHIFT];
-        // What cannot be read has no keys. The check lets only nodes be looked at that are RAM.
-        let is_there = phys < SETS && self.dump.read(phys, &mut bytes);
-        let mut page = Page([0; WORDS as usize]);
-        if is_there {
-            for (word, bytes) in page.0.iter_mut().zip(bytes.chunks_exact(8)) {
-                *word = bytes.try_into().map_or(0, u64::from_le_bytes);
+        let mut page = Box::new(Page([0; WORDS as usize]));
+        if phys < SETS {
+            let bytes = bytes_of_slice_mut(&mut page.0);
+            if self.dump.read(phys, bytes) < bytes.len() {
+                // What is there of it does not count.
+                bytes.fill(0);
+                self.missing.borrow_mut().push(phys);
+            }
+            for word in &mut page.0 {
+                *word = u64::from_le(*word);
             }
         }
-        self.nodes.insert(phys, Box::new(page))
+        self.nodes.insert(phys, page)
     }
 }
 
 /// Only this thread uses the trees.
-pub(crate) struct Alone<'a>(&'a Hints);
+pub(super) struct Alone<'a>(&'a Hints);
 
 impl Guard for Alone<'_> {
     fn hints(&self) -> &Hints {

@@ -1,214 +1,172 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What there is to say of a handover.
+//! A report, as JSON by its fields, as text, and as a drawing.
 
-use crate::{
-    core::{
-        kho_check::{
-            check_tree,
-            Machine,
-            Sets,
-            Stats, //
-        },
-        kho_fdt::{
-            self,
-            Blob,
-            FdtError,
-            HEADER_LEN, //
-        },
-        kho_grain::{
-            frames_in,
-            has_frames, //
-        },
-        kho_radix::{
-            NodeAddr,
-            Tree, //
-        },
-        kho_range::Frames,
-        PAGE_SHIFT, //
-    },
-    dump::Dump,
-    memory::Memory, //
-};
-use fdt_rs::{
-    base::{
-        DevTree,
-        DevTreeNode, //
-    },
-    prelude::*, //
+use serde::Serialize;
+use std::io::{
+    Result,
+    Write, //
 };
 
-/// A root FDT has one page; more than this is not looked at.
-const FDT_MAX: u64 = 128 << 10;
+/// How many places of one kind of violation the text names.
+const PLACES: usize = 8;
 
-/// The value of `compatible` in the root node.
-const COMPATIBLE: &[u8] = b"kho-v4\0";
-
-/// A subtree, and whether its blob is preserved as a whole.
+/// A subtree, the address and size of its blob, and whether that is preserved as a whole.
+#[derive(Serialize)]
 pub(crate) struct Subtree {
     pub(crate) name: String,
-    pub(crate) blob: Result<Blob, FdtError>,
-    pub(crate) is_preserved: bool,
+    pub(crate) blob: Option<(u64, u64)>,
+    pub(crate) preserved: bool,
 }
 
-/// What a root FDT says.
-struct Root {
-    size: u32,
-    map: Result<NodeAddr, FdtError>,
-    subtrees: Vec<(String, Result<Blob, FdtError>)>,
+/// Something that is wrong, and the physical addresses where it is.
+#[derive(Serialize)]
+struct Violation {
+    what: String,
+    at: Vec<u64>,
 }
 
-/// All of it.
+/// What there is to say of a handover. Addresses and sizes are in bytes.
+#[derive(Default, Serialize)]
 pub(crate) struct Report {
     pub(crate) fdt: u64,
     pub(crate) fdt_size: u32,
+    /// Where there are others, which were not chosen.
+    pub(crate) other_fdts: Vec<u64>,
+    page_size: u64,
     pub(crate) root: u64,
-    pub(crate) stats: Stats,
+    pub(crate) nodes: u64,
+    pub(crate) pages: u64,
+    pub(crate) lost: u64,
+    /// Orders, and how many blocks of each can be taken over.
+    pub(crate) orders: Vec<(u32, u64)>,
     pub(crate) subtrees: Vec<Subtree>,
-    /// Ranges of preserved frames, of nodes, and of RAM in blocks that cannot be taken over.
-    pub(crate) preserved: Vec<Frames>,
-    pub(crate) nodes: Vec<Frames>,
-    pub(crate) lost: Vec<Frames>,
-    /// What is wrong, and the physical address that it is about.
-    pub(crate) violations: Vec<(String, u64)>,
+    /// Preserved memory, nodes, and RAM in blocks that cannot be taken over: addresses and sizes.
+    pub(crate) ranges: Vec<(u64, u64)>,
+    pub(crate) node_ranges: Vec<(u64, u64)>,
+    pub(crate) lost_ranges: Vec<(u64, u64)>,
+    violations: Vec<Violation>,
 }
 
-fn property<'a>(node: &DevTreeNode<'a, 'a>, name: &str) -> Option<&'a [u8]> {
-    let mut properties = node.props();
-    while let Ok(Some(property)) = properties.next() {
-        if property.name() == Ok(name) {
-            return Some(property.propbuf());
+impl Report {
+    pub(crate) fn new(fdt: u64, page_size: u64) -> Self {
+        Self {
+            fdt,
+            page_size,
+            ..Self::default()
         }
     }
-    None
-}
 
-/// Reads the FDT at `phys`.
-fn read_fdt(dump: &Dump, phys: u64) -> Result<Root, FdtError> {
-    let mut header = [0; HEADER_LEN];
-    if !dump.read(phys, &mut header) {
-        return Err(FdtError::Magic);
+    /// Returns whether a kernel would take all of it over.
+    pub(crate) fn is_valid(&self) -> bool {
+        self.violations.is_empty()
     }
-    let size = kho_fdt::total_size(&header, FDT_MAX)?;
-    // The parser wants it aligned.
-    let mut words = vec![0u32; size.div_ceil(4) as usize];
-    let mut bytes = vec![0; size as usize];
-    if !dump.read(phys, &mut bytes) {
-        return Err(FdtError::Magic);
-    }
-    for (word, bytes) in words.iter_mut().zip(bytes.chunks(4)) {
-        let mut four = [0; 4];
-        four[..bytes.len()].copy_from_slice(bytes);
-        *word = u32::from_ne_bytes(four);
-    }
-    // SAFETY: The words have that many bytes, which live as long.
-    let aligned: &[u8] = unsafe { core::slice::from_raw_parts(words.as_ptr().cast(), bytes.len()) };
-    // SAFETY: The bytes are aligned, and nobody changes them.
-    let tree = unsafe { DevTree::new(aligned) }.map_err(|_| FdtError::Format(0))?;
-    let mut nodes = tree.nodes();
-    let first = nodes.next().map_err(|_| FdtError::Format(0))?;
-    let root = first.ok_or(FdtError::Format(0))?;
-    if property(&root, "compatible") != Some(COMPATIBLE) {
-        return Err(FdtError::Compatible);
-    }
-    let map = kho_fdt::memory_map(property(&root, "preserved-memory-map"));
-    let mut subtrees = Vec::new();
-    while let Some(node) = nodes.next().map_err(|_| FdtError::Format(0))? {
-        let blob = Blob::from_properties(
-            property(&node, "preserved-data"),
-            property(&node, "blob-size"),
-        );
-        let name = node.name().map_err(|_| FdtError::Format(0))?;
-        subtrees.push((name.to_owned(), blob));
-    }
-    Ok(Root {
-        size,
-        map,
-        subtrees,
-    })
-}
 
-/// Returns where in the dump there are FDTs of KHO that name a tree. A kernel that was handed over
-/// to may have left some of the kernels before.
-pub(crate) fn find_fdts(dump: &Dump) -> Vec<u64> {
-    const CHUNK: u64 = 1 << 20;
-    const PAGE: u64 = 1 << PAGE_SHIFT;
-    let mut found = Vec::new();
-    let mut buffer = vec![0; CHUNK as usize];
-    for (phys, size) in dump.pieces() {
-        let mut at = phys.next_multiple_of(PAGE);
-        while at < phys + size {
-            let len = CHUNK.min(phys + size - at);
-            let chunk = &mut buffer[..len as usize];
-            if dump.read(at, chunk) {
-                for (index, page) in chunk.chunks(PAGE as usize).enumerate() {
-                    let addr = at + index as u64 * PAGE;
-                    if page.starts_with(&[0xd0, 0x0d, 0xfe, 0xed])
-                        && read_fdt(dump, addr).is_ok_and(|root| root.map.is_ok())
-                    {
-                        found.push(addr);
-                    }
+    /// Notes a violation.
+    pub(crate) fn add(&mut self, what: &str, phys: u64) {
+        let known = self.violations.iter_mut().find(|it| it.what == what);
+        match known {
+            Some(violation) => violation.at.push(phys),
+            None => self.violations.push(Violation {
+                what: what.to_owned(),
+                at: vec![phys],
+            }),
+        }
+    }
+
+    /// Writes lines of text, with all ranges if that is wanted.
+    pub(crate) fn write_text(&self, out: &mut impl Write, with_ranges: bool) -> Result<()> {
+        let kib = |pages: u64| pages.saturating_mul(self.page_size / 1024);
+        writeln!(out, "FDT       {:#x}, {} bytes", self.fdt, self.fdt_size)?;
+        for fdt in &self.other_fdts {
+            writeln!(out, "          another one, at {fdt:#x}, was not chosen")?;
+        }
+        writeln!(out, "tree      {:#x}, {} nodes", self.root, self.nodes)?;
+        for subtree in &self.subtrees {
+            // It may have anything in it that another kernel has left there.
+            let name = subtree.name.escape_debug();
+            match subtree.blob {
+                None => writeln!(out, "subtree   {name}: no blob")?,
+                Some((phys, size)) => {
+                    let state = ["", ", not preserved"][usize::from(!subtree.preserved)];
+                    writeln!(out, "subtree   {name}: {size} bytes at {phys:#x}{state}")?;
                 }
             }
-            at += len;
         }
+        for (order, count) in &self.orders {
+            let size = kib(count.saturating_mul(1 << order));
+            writeln!(out, "order {order:3} {count} blocks, {size} KiB")?;
+        }
+        let (pages, ranges) = (self.pages, self.ranges.len());
+        writeln!(
+            out,
+            "preserved {pages} pages, {} KiB, in {ranges} ranges",
+            kib(pages)
+        )?;
+        for (phys, size) in self.ranges.iter().filter(|_| with_ranges) {
+            writeln!(out, "range     {phys:#x}-{:#x}", phys.saturating_add(*size))?;
+        }
+        for violation in &self.violations {
+            let (what, places) = (violation.what.escape_debug(), violation.at.len());
+            for phys in violation.at.iter().take(PLACES) {
+                writeln!(out, "VIOLATION {what} ({phys:#x})")?;
+            }
+            if places > PLACES {
+                writeln!(out, "VIOLATION {what} ({} more: --json)", places - PLACES)?;
+            }
+        }
+        let count: usize = self.violations.iter().map(|it| it.at.len()).sum();
+        writeln!(out, "{count} violations")
     }
-    found
 }
 
-/// Looks at the handover whose root FDT is at `fdt`.
-pub(crate) fn inspect(dump: &Dump, fdt: u64) -> Result<Report, String> {
-    let memory = Memory::new(dump);
-    let no_memory = |_| "no memory".to_owned();
-    let sets = Sets::new(&memory).map_err(no_memory)?;
-    let mut violations = Vec::new();
-    let root = read_fdt(dump, fdt).and_then(|root| Ok((root.map?, root)));
-    let (map, root) = root.map_err(|error| format!("{fdt:#x}: {}", error.what()))?;
-    let tree = Tree::from_root(&memory, map);
-    let stats = check_tree(&tree, dump, &sets).map_err(no_memory)?;
-    if let Some(refusal) = stats.refusal {
-        let (what, phys) = refusal.what();
-        violations.push((what.to_owned(), phys));
-    }
-    if stats.lost > 0 {
-        let what = format!("{} blocks are not RAM outside scratch", stats.lost);
-        violations.push((what, stats.first_lost));
-    }
-    if let Some(pfn) = stats.overlap {
-        violations.push(("memory is preserved twice".to_owned(), pfn << PAGE_SHIFT));
-    }
-    let is_preserved = |phys, size| {
-        Frames::covering(phys, size).is_some_and(|frames| has_frames(&sets.reserved, frames))
-    };
-    if !is_preserved(fdt, root.size.into()) {
-        violations.push(("the FDT is not preserved".to_owned(), fdt));
-    }
-    let mut subtrees = Vec::new();
-    for (name, blob) in root.subtrees {
-        let is_preserved = blob.is_ok_and(|blob| is_preserved(blob.phys, blob.size));
-        match blob {
-            Ok(blob) if !is_preserved => {
-                violations.push((format!("the blob of {name} is not preserved"), blob.phys));
+/// Squares of the drawing in a row, and rows.
+const COLUMNS: u64 = 128;
+const ROWS: u64 = 64;
+const SQUARE: u64 = 8;
+
+/// Returns a drawing of physical memory up to `end`: one square for as many pages each as needed,
+/// green where all of it is preserved, lighter where less is, blue for nodes, red for what is lost.
+pub(crate) fn svg(report: &Report, end: u64) -> String {
+    let page = report.page_size;
+    let per = (end / page).div_ceil(COLUMNS * ROWS).max(1) * page;
+    let sum = |ranges: &[(u64, u64)]| {
+        let mut squares = vec![0u64; (COLUMNS * ROWS) as usize];
+        for (phys, size) in ranges {
+            let (mut at, end) = (*phys, phys.saturating_add(*size));
+            while at < end {
+                let next = (at / per + 1).saturating_mul(per).min(end);
+                squares[(at / per) as usize] += next - at;
+                at = next;
             }
-            Ok(_) => {}
-            Err(error) => violations.push((format!("{name}: {}", error.what()), 0)),
         }
-        subtrees.push(Subtree {
-            name,
-            blob,
-            is_preserved,
-        });
+        squares
+    };
+    let (preserved, nodes) = (sum(&report.ranges), sum(&report.node_ranges));
+    let lost = sum(&report.lost_ranges);
+    let mut out = format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{0}\" height=\"{1}\" \
+         viewBox=\"0 0 {0} {1}\">\n<rect width=\"100%\" height=\"100%\" fill=\"#eee\"/>\n",
+        COLUMNS * SQUARE,
+        ROWS * SQUARE
+    );
+    for index in 0..COLUMNS * ROWS {
+        let at = index as usize;
+        let colour = match (lost[at], nodes[at], preserved[at]) {
+            (0, 0, 0) => continue,
+            (1.., _, _) => "#c00".to_owned(),
+            (_, 1.., 0) => "#36c".to_owned(),
+            (_, _, size) => format!("hsl(130,50%,{}%)", 80 - 45 * (size / page) / (per / page)),
+        };
+        let (x, y) = (index % COLUMNS * SQUARE, index / COLUMNS * SQUARE);
+        out.push_str(&format!(
+            "<rect x=\"{x}\" y=\"{y}\" width=\"{0}\" height=\"{0}\" fill=\"{colour}\">\
+             <title>{1:#x}: {2} pages preserved</title></rect>\n",
+            SQUARE - 1,
+            index * per,
+            preserved[at] / page
+        ));
     }
-    let all = Frames::between(0, dump.ram_end());
-    Ok(Report {
-        fdt,
-        fdt_size: root.size,
-        root: map.get(),
-        stats,
-        subtrees,
-        preserved: frames_in(&sets.reserved, all).collect(),
-        nodes: frames_in(&sets.nodes, all).collect(),
-        lost: frames_in(&sets.lost, all).collect(),
-        violations,
-    })
+    out.push_str("</svg>\n");
+    out
 }
