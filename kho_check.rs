@@ -146,7 +146,8 @@ pub(crate) struct Stats {
     orders: u64,
     /// Frames in those blocks, each counted once.
     pub(crate) frames: u64,
-    /// The first frame that was found to be in more than one block.
+    /// The first frame that was found to be in more than one block; in a tree that is not sound,
+    /// perhaps not the first.
     pub(crate) overlap: Option<u64>,
     /// Blocks that cannot be taken over: not all of each is usable.
     pub(crate) lost: u64,
@@ -323,7 +324,8 @@ impl<M: NodeMem, S: NodeMem> Check<'_, M, S> {
     }
 
     /// Returns where the first block of `run` starts that lies in a larger one. Those have all
-    /// been seen, and so have the nodes on the way to them: keys of larger blocks come first.
+    /// been seen, and so have the nodes on the way to them: keys of larger blocks come first. All of
+    /// those must be sound.
     #[link_section = ".init.text"]
     #[inline(never)]
     fn first_claimed(&self, run: Run) -> Option<u64> {
@@ -350,7 +352,9 @@ impl<M: NodeMem, S: NodeMem> Check<'_, M, S> {
             return Ok(());
         }
         let again = add_frames(&self.sets.reserved, frames)?;
-        if again > 0 && self.stats.overlap.is_none() {
+        // The way to a key may lead through a node that is not sound, and was not entered.
+        let is_sound = self.stats.refusal.is_none();
+        if again > 0 && is_sound && self.stats.overlap.is_none() {
             self.stats.overlap = self.first_claimed(run);
         }
         self.count(

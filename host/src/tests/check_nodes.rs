@@ -380,3 +380,18 @@ fn goes_on_behind_a_broken_node() {
         assert_eq!(stats.frames, expected.len() as u64);
     }
 }
+
+/// Whether blocks lie in each other is found out without the nodes that are not sound.
+#[test]
+fn overlap_beside_a_broken_node() {
+    let leaf = 1 << abi::BITMAP_LOG2;
+    let mut machine = Fake::new();
+    machine.ram.1 = leaf << 10;
+    // Blocks of order 8 in two leaves, of which the first is lost; the others overlap.
+    let lost = (0x1_0000, 8);
+    let mem = node_mem();
+    let root = handed_over(&mem, &[lost, (leaf << 9, 8), (0x1_0000, 9), (0x1_0000, 7)]);
+    let key = abi::encode(lost.0 << PAGE_SHIFT, lost.1);
+    entry_to(&mem, root, key, 1).store(1, SeqCst);
+    assert_eq!(met(&mem, root, &machine).0, Err(Refusal::Node(1)));
+}
