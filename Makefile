@@ -20,13 +20,16 @@ KERNELS ?=
 VM_MEM ?=
 BREAK ?=
 SIGNOFF ?=
+TIME ?=
+TARGET ?=
+ARGS ?=
 export KDIR LLVM ARCH MEM FILES OUT TARBALL SHA256 ARCHS COMPILERS CONFIGS WORKLOADS T
-export HOPS KERNELS VM_MEM BREAK SIGNOFF
+export HOPS KERNELS VM_MEM BREAK SIGNOFF TIME TARGET
 ifneq ($(CACHE),)
 export CACHE
 endif
 
-.PHONY: help prepare kernel run vm test bench bench-full bench-host install uninstall series clean
+.PHONY: help prepare kernel run vm test fuzz mutants bench bench-full bench-host install uninstall series clean
 
 help:
 	@echo 'make run        build a kernel and hand real data over to it by kexec'
@@ -40,6 +43,10 @@ help:
 	@echo '                  BREAK=1      flip a bit of it: the VM has to notice'
 	@echo 'make test       everything: host tests, KUnit, kexec tests, checks'
 	@echo '                  T="chain or smp"  the kexec tests that this selects, as pytest -k'
+	@echo 'make fuzz       give the pure core what libFuzzer makes up, against models'
+	@echo '                  TIME=600 TARGET=tree|ops|fdt|param|range  seconds for each'
+	@echo 'make mutants    change the pure core in each place: do tests notice? some hours'
+	@echo '                  ARGS="-f kho_key.rs"  for cargo-mutants'
 	@echo 'make bench      measure C and Rust in guests, and the tree on the host:'
 	@echo '                  tables, JSON, drawings; half an hour'
 	@echo '                  ARCHS="x86_64 arm64" COMPILERS="gcc llvm"'
@@ -64,11 +71,14 @@ help:
 
 # scripts/kho looks at the variables, takes the cache for itself and makes sure
 # that toolchain and source are there.
-prepare kernel run vm bench-host:
+prepare kernel run vm fuzz bench-host:
 	@scripts/kho $@
 
 test:
 	@scripts/kho test $(if $(T),"$$T")
+
+mutants:
+	@scripts/kho mutants $(ARGS)
 
 bench:
 	@scripts/kho bench $(if $(OUT),--out "$$OUT")

@@ -8,6 +8,7 @@
 
 mod check_blocks;
 mod fdt;
+pub mod fuzz;
 mod grains;
 mod key;
 mod param;
@@ -215,6 +216,12 @@ struct Slot {
     words: OnceLock<Box<[AtomicU64]>>,
 }
 
+/// Fills a node that nobody else uses, and is much faster than a loop.
+fn fill(words: &[AtomicU64], byte: u8) {
+    // SAFETY: Atomics may be written through a shared reference, and any bytes are a value.
+    unsafe { words.as_ptr().cast_mut().write_bytes(byte, words.len()) };
+}
+
 /// Memory for nodes, at addresses from `base` on. It knows what is allocated, overwrites what is
 /// freed, can run out, and can do things to the tree in the middle of an operation.
 struct Mem {
@@ -269,10 +276,7 @@ impl Mem {
 
     /// The number of nodes that are allocated.
     fn live(&self) -> usize {
-        self.slots
-            .iter()
-            .filter(|slot| slot.live.load(SeqCst))
-            .count()
+        self.slots.len() - self.free.lock().unwrap().len()
     }
 
     fn slot(&self, phys: u64) -> (usize, &Slot) {
@@ -298,10 +302,7 @@ impl Mem {
                 .map(|_| AtomicU64::new(0))
                 .collect()
         };
-        slot.words
-            .get_or_init(make)
-            .iter()
-            .for_each(|word| word.store(0, SeqCst));
+        fill(slot.words.get_or_init(make), 0);
         assert!(!slot.live.swap(true, SeqCst));
         Some(self.base + ((index as u64) << PAGE_SHIFT))
     }
@@ -392,9 +393,7 @@ impl<'m> NodeMem for &'m Mem {
             // Fails if it comes to a node that is not allocated.
             root => drop(abi::walk(self, root)),
         }
-        for word in slot.words.get().unwrap() {
-            word.store(0xdead_dead_dead_dead, SeqCst);
-        }
+        fill(slot.words.get().unwrap(), 0xde);
         self.free.lock().unwrap().push(index);
     }
 

@@ -37,7 +37,7 @@ const LEAF: u64 = 1 << abi::BITMAP_LOG2;
 const ALL: (u64, u64) = (0, (1 << abi::KEY_WIDTH) - 1);
 
 /// Returns the keys that `runs_between()` finds, and checks that the runs ascend and have gaps.
-fn keys_between(tree: &Tree<&Mem>, (first, last): (u64, u64)) -> Vec<u64> {
+pub(super) fn keys_between(tree: &Tree<&Mem>, (first, last): (u64, u64)) -> Vec<u64> {
     let mut keys = Vec::new();
     for run in tree.runs_between((key(first), key(last))) {
         assert!(run.count > 0);
@@ -50,7 +50,7 @@ fn keys_between(tree: &Tree<&Mem>, (first, last): (u64, u64)) -> Vec<u64> {
 }
 
 /// Places around which the tree has borders: of words, leaves, and tables of each level.
-fn borders() -> Vec<u64> {
+pub(super) fn borders() -> Vec<u64> {
     let tables = (0..abi::DEPTH).map(abi::node_shift);
     let shifts = [6].into_iter().chain(tables);
     let limit = ALL.1;

@@ -33,7 +33,7 @@ fn ends(frames: Frames) -> (u64, u64) {
 
 /// Cuts `start..end`, checks every block, and returns how many there are. Two nodes take turns, at
 /// each of `borders`.
-fn cut(start: u64, end: u64, borders: &[u64]) -> usize {
+pub(super) fn cut(start: u64, end: u64, borders: &[u64]) -> usize {
     let node = |pfn: u64| borders.iter().filter(|border| **border <= pfn).count() % 2;
     let cuts = |end| {
         let blocks = frames(start, end).blocks(|first, last| node(first) == node(last));
