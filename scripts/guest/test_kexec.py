@@ -5,6 +5,7 @@ R is the kernel with the Rust implementation, C the one with the C one, and P ha
 the Rust implementation and as little else as can be.  K is R with its KUnit suites
 and a user of the API.  The one for arm64 has the benchmark in it.
 """
+import itertools
 import json
 import os
 import random
@@ -1240,6 +1241,31 @@ def test_every_way(log):
     expect(f"{lines}", lines == [f"{what} came back" for what in ("folios", "pages", "range", "area")])
 
 
+def write_seeds(log, ram, fdt, root):
+    """Puts what is handed over beside the log, as inputs of the fuzzer's targets: see host/src/tests/fuzz.rs"""
+    def bits(number, size=5):
+        return number.to_bytes(size, "little")
+
+    def node(at, level):
+        table, out, index = ram.table(at), b"\0" + bits(at >> 12), 0
+        for value, run in itertools.groupby(table):
+            end = index + len(list(run))
+            for start in range(index, end, 256) if value else ():
+                out += b"\1" + bits(start, 2) + bits(min(end - start, 256) - 1, 1) + bits(value, 8)
+            index = end
+        return out + b"".join(node(child, level - 1) for child in table if child and level)
+
+    pieces = [(0, ram.size >> 12)] + [(start | 1 << 39, end - start) for start, end in ram.scratch[:7]]
+    head = b"\xff\4\3" + bits(root >> 12) + bits(len(pieces) - 1, 1)
+    head += b"".join(bits(start) + bits(count) for start, count in pieces) + bits(root >> 12)
+    log.with_suffix(".tree").write_bytes(head + node(root, 5))
+    blob = next(it for it in subtrees(ram, fdt).values() if "blob-size" in it)
+    numbers = [4096, 0xd00dfeed, struct.unpack(">I", ram.read(fdt + 4, 4))[0]]
+    texts = [bits(root, 8), blob["preserved-data"], blob["blob-size"]]
+    log.with_suffix(".fdt").write_bytes(b"\xff" + b"".join(b"\xff" + bits(it, 8) for it in numbers) +
+                                        b"".join(b"\2\xff" + it for it in texts))
+
+
 @pytest.mark.parametrize("kernel", [R, C], ids=["rust", "c"])
 def test_inspect(log, kernel, note):
     """R or C -> R: kho-inspect finds in a dump of the first kernel what the second one takes over"""
@@ -1259,6 +1285,7 @@ def test_inspect(log, kernel, note):
             done = subprocess.run([tool, dump, f"--fdt={fdt}", "--json", *options], capture_output=True, text=True)
             expect(f"{options}: {done.returncode} {done.stdout[-400:]}{done.stderr}", done.returncode == status)
             found.append(json.loads(done.stdout))
+        write_seeds(log, ram, fdt, found[0]["root"])
 
     with make(log, kernel, next=R) as guest:
         done = meddle(guest, look, RETRIEVE)

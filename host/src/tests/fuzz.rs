@@ -103,9 +103,10 @@ impl Image {
     fn read(input: &mut Input<'_>) -> (Self, u64) {
         let (mut ram, mut scratch) = (Vec::new(), Vec::new());
         for _ in 0..1 + input.take(1) % 8 {
+            // The uppermost bit says that it is scratch.
             let (start, count) = (input.take(5), input.take(5));
-            let range = (start >> 1, (start >> 1) + count);
-            [&mut ram, &mut scratch][start as usize % 2].push(range);
+            let range = (start & !(1 << 39), (start & !(1 << 39)) + count);
+            [&mut ram, &mut scratch][(start >> 39) as usize].push(range);
         }
         let ends = ram.iter().chain(&scratch).flat_map(|range| [range.0, range.1]);
         let borders: BTreeSet<u64> = ends.collect();
