@@ -17,10 +17,14 @@ use super::super::kho_range::Frames;
 use super::super::kho_grain::{
     coarsen,
     add_grains,
+    frames_in,
+    grains_in,
     make_leaves,
     region_limit,
     Gaps,
-    EXTENSION, //
+    Grain,
+    EXTENSION,
+    GRAIN, //
 };
 use super::super::PAGE_SHIFT;
 use super::{
@@ -138,6 +142,48 @@ fn grains_add_up() {
     let reserved = tree_of(&mem, &[70 << 10, 71 << 10].into(), &[]);
     assert_eq!(add_grains(&reserved, Key::MAX, order(10), &found), Ok(2));
     assert_eq!(numbers_in(&memory, &found), [3, 70, 71].into());
+}
+
+/// Grains by a frame, a number and a range, found by looking at each.
+#[test]
+fn grains_by_number() {
+    let pages = GRAIN.pages();
+    let end = abi::PFN_END / pages;
+    for number in [0, 1, 5, end - 2, end - 1] {
+        let all = number * pages..(number + 1) * pages;
+        for pfn in [all.start, all.start + 1, all.end - 1] {
+            let grain = Grain::containing(pfn);
+            assert_eq!((grain.key(), grain.frames()), (key(number), frames(all.start, all.end)));
+        }
+    }
+    assert!(Grain::containing(abi::PFN_END).frames().is_empty());
+    let edges = || (0..=4).flat_map(|i| [0, 1, pages / 2, pages - 1].map(|by| i * pages + by));
+    let pairs = edges().flat_map(|a| edges().map(move |b| (a, b)));
+    for (a, b) in pairs.filter(|(a, b)| a < b && *b <= 4 * pages) {
+        for first in [0, 7, end - 4] {
+            let range = frames(first * pages + a, first * pages + b);
+            let of = |is: &dyn Fn(u64) -> bool| -> Vec<Key> {
+                (0..4).filter(|i| is(*i)).map(|i| key(first + i)).collect()
+            };
+            let touching = of(&|i| a < (i + 1) * pages && b > i * pages);
+            assert!(Grain::touching(range).map(Grain::key).eq(touching), "{range:?}");
+            let inside = of(&|i| a <= i * pages && b >= (i + 1) * pages);
+            let numbers = Grain::numbers_in(range);
+            assert!(Grain::numbered(numbers).map(Grain::key).eq(inside), "{range:?}");
+        }
+    }
+}
+
+/// Sets, and parts of them, as ranges of frames.
+#[test]
+fn ranges_of_sets() {
+    let mem = set_mem();
+    let set = tree_of(&mem, &(5..70).chain([LEAF - 1, LEAF, LEAF + 1]).collect(), &[]);
+    let found: Vec<_> = frames_in(&set, frames(6, LEAF + 1)).collect();
+    assert_eq!(found, [frames(6, 70), frames(LEAF - 1, LEAF + 1)]);
+    let (set, pages) = (tree_of(&mem, &[2, 3, 9].into(), &[]), GRAIN.pages());
+    let found: Vec<_> = grains_in(&set, 3..10).collect();
+    assert_eq!(found, [3, 9].map(|number| frames(number * pages, (number + 1) * pages)));
 }
 
 /// What is reserved costs a look at each leaf; each grain, one way down.

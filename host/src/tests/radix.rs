@@ -650,6 +650,23 @@ fn filling_a_leaf() {
     assert_eq!(bits(LEAF - 5, LEAF).sum::<u64>(), 5);
 }
 
+/// Words are found that are each other's like.
+#[test]
+fn equal_words() {
+    let mem = Mem::new();
+    let (leaf, phys) = a_leaf(&mem);
+    let store = |at: u64, value| mem.words(phys)[at as usize].store(value, SeqCst);
+    for (a, b) in (8..24).flat_map(|a| (a + 1..24).map(move |b| (a, b))) {
+        store(a, 5);
+        store(b, 5);
+        assert_eq!(leaf.next_used(0), Some((a, 5)), "{a} {b}");
+        assert_eq!(leaf.next_used(a + 1), Some((b, 5)));
+        assert_eq!(leaf.next_used(b + 1), None);
+        store(a, 0);
+        store(b, 0);
+    }
+}
+
 #[test]
 fn filling_a_leaf_at_random() {
     let mut rng = Rng::new(30);
