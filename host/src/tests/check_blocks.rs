@@ -388,6 +388,16 @@ fn lost_blocks() {
     }
 }
 
+/// A block that is lost may be half of all memory, but no more.
+#[test]
+fn half_of_memory() {
+    for (of, is_kept) in [(17, true), (18, false)] {
+        let mem = node_mem();
+        let found = result_of(&Fake::new(), &mem, handed_over(&mem, &[(0, of)])).unwrap();
+        assert_eq!((found.lost, !found.kept.is_empty()), (1, is_kept));
+    }
+}
+
 /// A larger block that is lost claims nothing.
 #[test]
 fn lost_blocks_claim_nothing() {

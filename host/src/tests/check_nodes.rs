@@ -395,3 +395,18 @@ fn overlap_beside_a_broken_node() {
     entry_to(&mem, root, key, 1).store(1, SeqCst);
     assert_eq!(met(&mem, root, &machine).0, Err(Refusal::Node(1)));
 }
+
+/// The log tells one reason from another, and where it is.
+#[test]
+fn reasons_have_names() {
+    let reasons = [
+        (Refusal::NoMemory, 0),
+        (Refusal::Node(1), 1),
+        (Refusal::Reach(2), 2),
+        (Refusal::Fdt(3), 3),
+        (Refusal::Reserve(frames(4, 5)), 4 << PAGE_SHIFT),
+    ];
+    assert!(reasons.iter().all(|(reason, at)| reason.what().1 == *at));
+    let names: BTreeSet<_> = reasons.iter().map(|(reason, _)| reason.what().0).collect();
+    assert_eq!(names.len(), reasons.len());
+}

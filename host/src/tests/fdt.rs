@@ -10,6 +10,24 @@ use super::super::kho_fdt::{
 };
 use super::super::PAGE_SHIFT;
 
+/// The user can tell one mistake from another.
+#[test]
+fn mistakes_have_names() {
+    let mistakes = [
+        FdtError::Magic,
+        FdtError::Size(1),
+        FdtError::Format(1),
+        FdtError::Compatible,
+        FdtError::Map,
+        FdtError::Blob,
+        FdtError::Absent,
+        FdtError::Exists,
+        FdtError::Full,
+    ];
+    let names: std::collections::BTreeSet<_> = mistakes.iter().map(|it| it.what()).collect();
+    assert_eq!(names.len(), mistakes.len());
+}
+
 fn header(magic: u32, size: u32) -> [u8; 8] {
     let mut header = [0; 8];
     header[..4].copy_from_slice(&magic.to_be_bytes());

@@ -559,6 +559,7 @@ fn words_between_keys() {
             }
             let expected: Set = set.range(first..=last).copied().collect();
             assert_eq!(found, expected, "{first:#x} to {last:#x}");
+            assert_eq!(words.len() as u64, last / 64 - first / 64 + 1);
         }
     }
 }

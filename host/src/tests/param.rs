@@ -313,6 +313,8 @@ fn names_of_regions() {
         ("reserve_memo=4M:4096:a", ""),
         ("xreserve_mem=4M:4096:a", ""),
         ("Reserve_mem=4M:4096:a", ""),
+        ("reserve.mem=4M:4096:a", ""),
+        ("-eserve_mem=4M:4096:a", ""),
         // In quotes.
         ("reserve_mem=\"4M:4096:a b\" c", "a b"),
         ("\"reserve_mem=4M:4096:a b\" c", "a b"),
@@ -405,6 +407,10 @@ fn areas_are_cut() {
                 assert_eq!(left, usize::from(!taken), "{start}..{end} at {granule}");
             }
         }
+    }
+    // What lies outside does not matter, even to an area that is not aligned.
+    for outside in [(3, 5), (26, 27)] {
+        assert_eq!(cut((6, 25), outside, ALIGN), [(6, 25), (25, 25)]);
     }
     let all = (0, u64::MAX & !3);
     assert_eq!(cut(all, (u64::MAX - 1, u64::MAX), 4), [all, (all.1, all.1)]);

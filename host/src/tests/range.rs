@@ -247,6 +247,16 @@ fn parts_of_ranges() {
     }
 }
 
+#[test]
+fn single_pages() {
+    for pfn in [0, 5, abi::PFN_END - 1] {
+        assert_eq!(frames(pfn, pfn + 1).only_page(), Some(block(pfn, 0)));
+        assert!(frames(pfn, pfn).is_empty() && !frames(pfn, pfn + 1).is_empty());
+        assert_eq!(frames(pfn, pfn).only_page(), None);
+    }
+    assert_eq!(frames(4, 6).only_page(), None);
+}
+
 /// The blocks of an order that lie in a range as a whole, and the numbers of its frames, found by
 /// trying.
 #[test]
