@@ -15,6 +15,7 @@ COMPILERS ?=
 CONFIGS ?=
 WORKLOADS ?=
 T ?=
+SEEDS ?=
 HOPS ?=
 KERNELS ?=
 VM_MEM ?=
@@ -24,12 +25,12 @@ TIME ?=
 TARGET ?=
 ARGS ?=
 export KDIR LLVM ARCH MEM FILES OUT TARBALL SHA256 ARCHS COMPILERS CONFIGS WORKLOADS T
-export HOPS KERNELS VM_MEM BREAK SIGNOFF TIME TARGET
+export SEEDS HOPS KERNELS VM_MEM BREAK SIGNOFF TIME TARGET
 ifneq ($(CACHE),)
 export CACHE
 endif
 
-.PHONY: help prepare kernel run vm test fuzz mutants bench bench-full bench-host install uninstall series clean
+.PHONY: help prepare kernel run vm test test-all fuzz mutants bench bench-full bench-host install uninstall series clean
 
 help:
 	@echo 'make run        build a kernel and hand real data over to it by kexec'
@@ -43,6 +44,8 @@ help:
 	@echo '                  BREAK=1      flip a bit of it: the VM has to notice'
 	@echo 'make test       everything: host tests, KUnit, kexec tests, checks'
 	@echo '                  T="chain or smp"  the kexec tests that this selects, as pytest -k'
+	@echo 'make test-all   the same, with every kind of damage to a handover'
+	@echo '                  SEEDS=300    that many with bits flipped at random (default: 5)'
 	@echo 'make fuzz       give the pure core what libFuzzer makes up, against models'
 	@echo '                  TIME=600 TARGET=tree|ops|fdt|param|range  seconds for each'
 	@echo 'make mutants    change the pure core in each place: do tests notice? some hours'
@@ -74,7 +77,8 @@ help:
 prepare kernel run vm fuzz bench-host:
 	@scripts/kho $@
 
-test:
+test-all: export KHO_ALL = 1
+test test-all:
 	@scripts/kho test $(if $(T),"$$T")
 
 mutants:

@@ -29,6 +29,8 @@
 #define RANGE_PAGES	89
 /* Two chunks of the list of an area's pages are full, the third one is not. */
 #define AREA_PAGES	(2 * KHO_VMALLOC_SIZE + 7)
+/* As many as the tests have kinds of damage to one. */
+#define AREAS		28
 
 static const unsigned int orders[] = { 0, 1, 4, 9 };
 
@@ -36,7 +38,7 @@ struct state {
 	phys_addr_t folios[ARRAY_SIZE(orders)];
 	/* Preserved as struct pages, and as a range of RAM. */
 	phys_addr_t pages, range;
-	struct kho_vmalloc area;
+	struct kho_vmalloc areas[AREAS];
 };
 
 static bool leave __initdata;
@@ -118,12 +120,17 @@ static int __init preserve(struct state *state)
 	if (err)
 		return err;
 
-	area = vmalloc(AREA_PAGES << PAGE_SHIFT);
-	if (!area)
-		return -ENOMEM;
-	for (int i = 0; i < AREA_PAGES; i++)
-		fill(page_address(vmalloc_to_page(area + i * PAGE_SIZE)), PAGE_SIZE);
-	return kho_preserve_vmalloc(area, &state->area);
+	for (int n = 0; n < AREAS; n++) {
+		area = vmalloc(AREA_PAGES << PAGE_SHIFT);
+		if (!area)
+			return -ENOMEM;
+		for (int i = 0; i < AREA_PAGES; i++)
+			fill(page_address(vmalloc_to_page(area + i * PAGE_SIZE)), PAGE_SIZE);
+		err = kho_preserve_vmalloc(area, &state->areas[n]);
+		if (err)
+			return err;
+	}
+	return 0;
 }
 
 static bool __init take_folio(phys_addr_t phys, unsigned int order)
@@ -182,7 +189,12 @@ static void __init take(struct state *state)
 	result("folios", good);
 	result("pages", take_range(state->pages));
 	result("range", take_range(state->range));
-	result("area", take_area(&state->area));
+	for (int i = 0; i < AREAS; i++) {
+		char name[16];
+
+		snprintf(name, sizeof(name), "area %d", i);
+		result(name, take_area(&state->areas[i]));
+	}
 	kho_restore_free(state);
 }
 

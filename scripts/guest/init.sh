@@ -37,6 +37,9 @@ save() {
 	[ ! -e "$2" ] || cat "$2" >"/mnt/$1.$kho_stage"
 }
 
+# What a script may have done when the next kernel is loaded.
+loaded() { :; }
+
 # next_kernel IMAGE [ARG...]: kexec into IMAGE of the shared directory.
 next_kernel() {
 	image=$1
@@ -44,6 +47,7 @@ next_kernel() {
 	report "step kexec"
 	check kho-guest load "/mnt/$image" /mnt/initrd \
 		"$(cat /mnt/cmdline) kho_stage=$((kho_stage + 1)) $*"
+	loaded
 	report "done"
 	umount /mnt
 	kho-guest kexec

@@ -436,7 +436,7 @@ class Guest:
 
 def takeover(run, stage):
     """The figures that the kernel prints about its takeover, or None."""
-    total = run.said(stage, r"KHO: takeover: \d+ blocks")
+    total = run.said(stage, r"KHO: takeover: \d+ blocks in")
     if not total:
         return None
     names = ("blocks", "runs", "pages", "nodes", "cycles")

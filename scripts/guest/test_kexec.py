@@ -17,6 +17,7 @@ import libfdt
 import pytest
 
 from . import bench, qemu as g, vm as machine
+from .damage import AREAS, Handover, Ram
 from .qemu import Fail, Guest, spoilt
 
 R, C, P, K, ARM64 = "RUST", "C", "PLAIN", "KUNIT", "ARM64"
@@ -824,307 +825,17 @@ def test_readers(log, note):
 
 
 # Handovers that are changed on their way.  The guest's memory is a file into which we
-# write while kernel 1 waits, so that the kernels need no hook for this.
-
-class Ram:
-    """A guest's memory by physical address, of which the file has no hole below 4 GiB."""
-
-    def __init__(self, path, size, scratch=(), spare=()):
-        self.file = os.open(path, os.O_RDWR)
-        self.size, self.low = size, size if size < 0xe0000000 else 3 << 30
-        # Where scratch is, in frames, and addresses of empty pages that nobody will miss.
-        self.scratch = scratch
-        self.spare = (pfn << 12 for pfn in spare if not self.in_scratch(pfn))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc):
-        os.close(self.file)
-
-    def _offset(self, at):
-        return at if at < self.low else at - (4 << 30) + self.low
-
-    def read(self, at, size=4096):
-        return os.pread(self.file, size, self._offset(at))
-
-    def write(self, at, content):
-        os.pwrite(self.file, content, self._offset(at))
-
-    def word(self, at):
-        return struct.unpack("=Q", self.read(at, 8))[0]
-
-    def table(self, at):
-        return list(struct.unpack("=512Q", self.read(at)))
-
-    def in_scratch(self, pfn):
-        return any(start <= pfn < end for start, end in self.scratch)
-
-    def ends(self):
-        """The frames behind which RAM ends."""
-        return self.low >> 12, (self.size + (4 << 30) - self.low >> 12 if self.low < self.size else 0)
-
-    def root_fdts(self):
-        """Addresses of the pages that hold a root FDT of KHO."""
-        at = 0
-        while at < self.size:
-            try:
-                at = os.lseek(self.file, at, os.SEEK_DATA) & ~4095
-            except OSError:
-                return
-            part = os.pread(self.file, 1 << 20, at)
-            for page in range(0, len(part), 4096):
-                if part.startswith(b"\xd0\x0d\xfe\xed", page) and b"kho-v4\0" in part[page:page + 4096]:
-                    yield at + page + (self._hole() if at + page >= self.low else 0)
-            at += len(part)
-
-    def _hole(self):
-        return (4 << 30) - self.low
-
-
-def break_fdt(old, new):
-    def damage(ram, fdt):
-        ram.write(fdt + ram.read(fdt).index(old), new)
-    return damage
-
-
-def subtrees(ram, fdt):
-    """The nodes of the root FDT and their properties."""
-    return fdt_nodes(ram.read(fdt, struct.unpack(">I", ram.read(fdt + 4, 4))[0]))
-
-
-def add_subtrees(ram, fdt, blobs):
-    """Adds nodes to the root FDT, {name: (address, size)}."""
-    tree = libfdt.Fdt(ram.read(fdt))
-    tree.resize(4096)
-    for name, values in blobs.items():
-        node = tree.add_subnode(0, name)
-        for of, value in zip(("preserved-data", "blob-size"), values):
-            tree.setprop(node, of, struct.pack("=Q", value))
-    ram.write(fdt, bytes(tree.as_bytearray()))
-
-
-def map_property(ram, fdt):
-    """Where the FDT holds the address of the tree's root, and that address."""
-    address = subtrees(ram, fdt)[""]["preserved-memory-map"]
-    return fdt + ram.read(fdt).index(address), struct.unpack("=Q", address)[0]
-
-
-def break_root(address):
-    def damage(ram, fdt):
-        ram.write(map_property(ram, fdt)[0], struct.pack("=Q", address))
-    return damage
-
-
-def break_node(change):
-    """change(table, used, node): of the tree's root node, its last used entry, its address."""
-    def damage(ram, fdt):
-        _, node = map_property(ram, fdt)
-        table = ram.table(node)
-        change(table, max(index for index, entry in enumerate(table) if entry), node)
-        ram.write(node, struct.pack("=512Q", *table))
-    return damage
-
-
-def point(to):
-    """Makes an entry of the root node point elsewhere."""
-    def change(table, used, node):
-        table[used] = to(table[used], node)
-    return break_node(change)
-
-
-def move(index, keep=0):
-    """Moves an entry of the root node, so that other keys lead to what is below."""
-    def change(table, used, node):
-        table[index], table[used] = table[used], table[used] * keep
-    return break_node(change)
-
-
-def leaves(ram, fdt):
-    """The leaves of the tree: where each is, by the first key that it has room for."""
-    def below(node, level, first):
-        if level == 0:
-            yield first, node
-            return
-        for index, entry in enumerate(ram.table(node)):
-            if entry:
-                yield from below(entry, level - 1, first | index << 15 + 9 * (level - 1))
-    return dict(below(map_property(ram, fdt)[1], 5, 0))
-
-
-def blocks(ram, fdt):
-    """The preserved blocks: frame number and order of each."""
-    for first, leaf in leaves(ram, fdt).items():
-        bits = int.from_bytes(ram.read(leaf), "little")
-        while bits:
-            key = first | (bits & -bits).bit_length() - 1
-            order = 52 - (key.bit_length() - 1)
-            yield (key ^ 1 << 52 - order) << order, order
-            bits &= bits - 1
-
-
-def entries_to(ram, fdt, key):
-    """Addresses of the entries on the way to a key's leaf; nodes that are missing are made."""
-    node = map_property(ram, fdt)[1]
-    for level in range(5, 0, -1):
-        at = node + 8 * (key >> 15 + 9 * (level - 1) & 511)
-        yield at
-        node = ram.word(at)
-        if not node:
-            node = next(ram.spare)
-            ram.write(node, bytes(4096))
-            ram.write(at, struct.pack("=Q", node))
-
-
-def key_of(pfn, order):
-    return 1 << 52 - order | pfn >> order
-
-
-def add_block(ram, fdt, pfn, order=0):
-    """Preserves one more block."""
-    key = key_of(pfn, order)
-    *_, entry = entries_to(ram, fdt, key)
-    at = ram.word(entry) + (key & 0x7fff) // 8
-    ram.write(at, bytes([ram.read(at, 1)[0] | 1 << key % 8]))
-
-
-def leaf_unaligned(ram, fdt):
-    """Breaks the way to the largest blocks."""
-    order = max(order for _, order in blocks(ram, fdt))
-    pfn = next(pfn for pfn, its in blocks(ram, fdt) if its == order)
-    *_, entry = entries_to(ram, fdt, key_of(pfn, order))
-    ram.write(entry, struct.pack("=Q", ram.word(entry) + 8))
-
-
-# Kinds of damage, and of which orders nothing can be read then.
-ALL, ORDER_0 = range(52), range(1)
-DAMAGE = {
-    "magic": (break_fdt(b"\xd0\x0d\xfe\xed", b"\xd0\x0d\xfe\xee"), ALL),
-    "compatible": (break_fdt(b"kho-v4", b"kho-v9"), ALL),
-    "no map": (break_fdt(b"preserved-memory-map", b"preserved-memory-mop"), ALL),
-    "root beyond memory": (break_root(1 << 45), ALL),
-    "root unaligned": (break_root(0x1000001), ALL),
-    "node beyond memory": (point(lambda entry, node: 1 << 45), ORDER_0),
-    "node unaligned": (point(lambda entry, node: entry + 8), ORDER_0),
-    "node within itself": (point(lambda entry, node: node), ORDER_0),
-    "leaf unaligned": (leaf_unaligned, range(8, 52)),
-    "node twice": (move(1, keep=1), range(2)),
-    # The mark of order 0 is gone, what was an address now says the order.
-    "orders": (move(0), ALL),
-    "key too wide": (move(511), ORDER_0),
-}
-
-
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_bad_handover(log, kind):
-    """R -> R with a broken structure: one line, and nobody gets what can still be read of it"""
-    damage, unreadable = DAMAGE[kind]
-    before = {}
-
-    def note_and_damage(ram, fdt):
-        ours = set(frames(guest))
-        for pfn, order in blocks(ram, fdt):
-            for pfn in ours & set(range(pfn, pfn + (1 << order))) if order not in unreadable else ():
-                before[pfn] = ram.read(pfn << 12)
-        damage(ram, fdt)
-
-    with make(log) as guest:
-        done = meddle(guest, note_and_damage, FILL, first=WHOLE)
-        lines = done.said(2, r"KHO: (?!found kexec handover|exec from|takeover:|scratch |\d+ KiB that|Rust)")
-        expect(f"{len(lines)} lines about the damage", len(lines) == 1)
-        expect("the data was taken over", not done.said(2, "KHO restore succeeded"))
-        if unreadable == ALL:
-            return
-        expect("nothing that can be read", len(before) > 8)
-        line = done.expect_line(2, r"KHO: \d+ KiB that the refused handover names stay reserved")
-        expect(f"{len(before)} pages can be read, {line}", int(re.findall(r"\d+", line)[0]) >= 4 * len(before))
-        with Ram(guest.dir / "ram", 512 << 20) as ram:
-            lost = [pfn for pfn, page in before.items() if ram.read(pfn << 12) != page]
-        expect(f"{len(lost)} of {len(before)} pages were overwritten", not lost)
-
-
-def test_bad_items(log, note):
-    """R -> R, blocks that cannot be taken over and subtrees that are broken: each costs itself"""
-    lost, kept, bad = [], [], {}
-
-    def add_bad(ram, fdt):
-        held = {pfn for first, order in blocks(ram, fdt) for pfn in range(first, first + (1 << order))}
-        # An edge of scratch in the middle of a block, whose other half is RAM.
-        edge, order = next((edge, order) for area in ram.scratch for edge in area for order in range(11, 14)
-                           if edge & (1 << order) - 1)
-        half = edge >> order << order
-        area = ram.scratch[0][0]
-        lost.extend([
-            # In scratch, as regions of reserve_mem= that another kernel preserved.
-            (area + 8, 0), (area + 1024, 9), (half, order),
-            # Where no RAM is, and behind its end.
-            (0xa0, 0), (512 << 8, 3), (513 << 8, 5),
-        ])
-        kept.extend(pfn for pfn in range(half, half + (1 << order)) if not ram.in_scratch(pfn))
-        for pfn, order in lost:
-            add_block(ram, fdt, pfn, order)
-        single = next(pfn for pfn in frames(guest) if pfn + 1 not in held)
-        bad.update({
-            "empty": (single << 12, 0), "wrapping": ((1 << 64) - 4096, 8192), "nowhere": (1 << 45, 64), "free": (next(ram.spare), 64),
-            "partly": (single << 12, 4097), "scratch": (area + 8 << 12, 64),
-        })
-        add_subtrees(ram, fdt, {**bad, "good": (single << 12, 4096)})
-        # These are looked at in kernel 2.
-        (guest.share / "lost").mkdir()
-        (guest.share / "lost/frames").write_text("".join(f"{pfn}\n" for pfn in kept))
-
-    with make(log) as guest:
-        done = meddle(guest, add_bad, RETRIEVE + SAVE_FDT + """
-            for blob in /sys/kernel/debug/kho/in/sub_fdts/*; do cat "$blob" >/dev/null || fail "$blob"; done
-            """ + FILL + "check kho-guest waiting /mnt/lost", first=WHOLE)
-        guest.expect_files(done, 1, 2)
-    done.expect_line(2, "KHO restore succeeded")
-    lines = done.said(2, "KHO: .*cannot be restored")
-    expect(f"lost {len(lost)} blocks: {lines}", len(lines) == 1 and lines[0].startswith(
-        f"KHO: takeover: {len(lost)} blocks are not RAM outside scratch and cannot be restored, the first at 0x"))
-    names = [line.split()[2] for line in done.said(2, r"KHO: subtree \S+ ignored: ")]
-    expect(f"ignored: {names}", sorted(names) == sorted(bad))
-    blobs = {line.split()[0] for line in done.reported(2, "in blob")}
-    expect(f"subtrees in debugfs: {blobs}", blobs == {"LUO", "kexec-metadata", "kho_test", "good"})
-    expect_waiting(done, number=len(kept))
-    note(f"{len(lost)} blocks, {len(bad)} subtrees")
-
-
-def test_bad_memblock(log):
-    """R -> R, reserve_mem= finds a blob that is empty and nowhere: it gets new memory, to hand over"""
-    with make(log) as guest:
-        done = meddle(guest, lambda ram, fdt: add_subtrees(ram, fdt, {"memblock": (1 << 45, 0)}),
-                      SAVE_FDT + RETRIEVE + FILL, again="reserve_mem=2M:4096:ramoops")
-        guest.expect_files(done, 1, 2)
-        blobs = [line.split()[0] for line in done.reported(2, "out blob")]
-    done.expect_line(2, r"KHO: subtree memblock ignored: ")
-    expect("found what is not there", not done.said(2, "Revived memory reservation"))
-    expect(f"kernel 2 hands over {blobs}", "memblock" in blobs)
-
-
-def test_overlap(log):
-    """R -> R with a page that is also in a larger block: said, and everything is there"""
-    def preserve_twice(ram, fdt):
-        # The last page of a block; the first one is where its owner's mark goes.
-        pfn, order = next((pfn, order) for pfn, order in blocks(ram, fdt) if order)
-        add_block(ram, fdt, pfn + (1 << order) - 1)
-
-    with make(log) as guest:
-        done = meddle(guest, preserve_twice, RETRIEVE)
-        guest.expect_files(done, 1, 2)
-        done.expect_line(2, "KHO restore succeeded")
-        done.expect_line(2, "KHO: memory was preserved twice")
-
+# write while kernel 1 waits, so that the kernels need no hook for this.  test_damage.py has more.
 
 def test_early_restore(log):
     """R -> R, memory that LUO restores before struct pages around it are initialised"""
-    def move_luo(ram, fdt):
+    def move_luo(at):
         # LUO's page is where struct pages are early; what is in the spare one nobody wants.
         spare = frames(guest)[-1]
         expect(f"frame {spare:#x} is not in deferred memory", spare >= DEFERRED)
-        address = subtrees(ram, fdt)["/LUO"]["preserved-data"]
-        ram.write(spare << 12, ram.read(struct.unpack("=Q", address)[0]))
-        break_fdt(address, struct.pack("=Q", spare << 12))(ram, fdt)
+        address, _ = at.blob("LUO")
+        at.ram.write(spare << 12, at.ram.read(address))
+        at.patch(struct.pack("=Q", address), struct.pack("=Q", spare << 12))
 
     with scattered(log) as guest:
         # LUO writes where its sessions are when kexec happens, which is too late for the new page.
@@ -1138,16 +849,16 @@ def test_early_restore(log):
 
 # Machines that would take long to fill: the pages are preserved from outside.
 
-def one_per_grain(ram, fdt, grains):
+def one_per_grain(at, grains):
     """Preserves a page in each of some blocks of 4 MiB; returns their number."""
-    held = {pfn >> 10 for pfn, _ in blocks(ram, fdt)}
-    low, high = ram.ends()
+    held = {pfn >> 10 for pfn, _ in at.blocks()}
+    low, high = at.ram.ends()
     count = 0
     for grain in grains:
         pfn = (grain << 10) + 600
         in_ram = pfn < low or 1 << 20 <= pfn < high
-        if in_ram and grain not in held and not ram.in_scratch(pfn):
-            add_block(ram, fdt, pfn)
+        if in_ram and grain not in held and not at.ram.in_scratch(pfn):
+            at.flip(pfn)
             count += 1
     return count
 
@@ -1156,7 +867,7 @@ def test_early_page_ext(log, note):
     """R -> R in 10 GiB, all of it withheld: what page_ext_init() takes early must be there"""
     counts = []
     with make(log) as guest:
-        done = meddle(guest, lambda *at: counts.append(one_per_grain(*at, range(1 << 12))), RETRIEVE, mem="10G",
+        done = meddle(guest, lambda at: counts.append(one_per_grain(at, range(1 << 12))), RETRIEVE, mem="10G",
                       again="page_owner=on early_page_ext", timeout=300)
         guest.expect_files(done, 1, 2)
     expect(f"pages in {counts} grains", counts and min(counts) > 2000)
@@ -1172,7 +883,7 @@ def test_low_zones(log, note):
     """R -> R in 6 GiB, a page in each grain below 2 GiB: low memory is there before any driver"""
     counts = []
     with make(log, K) as guest:
-        done = meddle(guest, lambda *at: counts.append(one_per_grain(*at, range(1 << 9))), RETRIEVE, mem="6G",
+        done = meddle(guest, lambda at: counts.append(one_per_grain(at, range(1 << 9))), RETRIEVE, mem="6G",
                       args=API_USER, timeout=300)
         guest.expect_files(done, 1, 2)
     expect(f"pages in {counts} grains", counts and min(counts) > 400)
@@ -1193,14 +904,14 @@ def test_node_border(log, note):
     """R -> R on two nodes with a border in a grain that is withheld: neither gets memory of the other"""
     counts = []
 
-    def preserve_around(ram, fdt):
+    def preserve_around(at):
         # Every second grain: that is too many runs, so that those in between are withheld as well.
         border = BORDER >> 10
-        used = {grain for pfn, order in blocks(ram, fdt)
+        used = {grain for pfn, order in at.blocks()
                 for grain in range(pfn >> 10, (pfn + (1 << order) - 1 >> 10) + 1)}
-        if border in used or ram.in_scratch(BORDER):
+        if border in used or at.ram.in_scratch(BORDER):
             return
-        counts.append(one_per_grain(ram, fdt, range(border % 2 ^ 1, ram.ends()[0] >> 10, 2)))
+        counts.append(one_per_grain(at, range(border % 2 ^ 1, at.ram.ends()[0] >> 10, 2)))
 
     # Where the first kernel has its memory is chance; the grain of the border may be in use.
     for _ in range(5):
@@ -1238,7 +949,8 @@ def test_every_way(log):
     done.expect(2)
     done.expect_line(1, "kho_kunit: left for the next kernel: 0")
     lines = [line.removeprefix("kho_kunit: ") for line in done.said(2, "kho_kunit: (?!early)")]
-    expect(f"{lines}", lines == [f"{what} came back" for what in ("folios", "pages", "range", "area")])
+    whats = "folios", "pages", "range", *(f"area {n}" for n in range(len(AREAS)))
+    expect(f"{lines}", lines == [f"{what} came back" for what in whats])
 
 
 def write_seeds(log, ram, fdt, root):
@@ -1271,18 +983,18 @@ def test_inspect(log, kernel, note):
     """R or C -> R: kho-inspect finds in a dump of the first kernel what the second one takes over"""
     tool, found = g.inspector(), []
 
-    def look(ram, fdt):
+    def look(at):
         # A core file: headers, and the memory behind them.
         dump, offset = guest.dir / "vmcore", 1 << 20
         header = b"\x7fELF" + struct.pack("<4B8xHHIQQQIHHHHHH", 2, 1, 1, 0, 4, 62, 1, 0, 64, 0, 0, 64, 56, 1, 0, 0, 0)
-        header += struct.pack("<IIQQQQQQ", 1, 7, offset, 0, 0, ram.size, ram.size, 0)
+        header += struct.pack("<IIQQQQQQ", 1, 7, offset, 0, 0, at.ram.size, at.ram.size, 0)
         with open(dump, "wb") as file:
             file.write(header)
-            for at in range(0, ram.size, 1 << 20):
+            for at in range(0, at.ram.size, 1 << 20):
                 file.seek(offset + at)
-                file.write(ram.read(at, 1 << 20))
-        for options, status in ([], 0), ([f"--scratch={fdt},0x1000"], 1):
-            done = subprocess.run([tool, dump, f"--fdt={fdt}", "--json", *options], capture_output=True, text=True)
+                file.write(at.ram.read(at, 1 << 20))
+        for options, status in ([], 0), ([f"--scratch={at.fdt},0x1000"], 1):
+            done = subprocess.run([tool, dump, f"--fdt={at.fdt}", "--json", *options], capture_output=True, text=True)
             expect(f"{options}: {done.returncode} {done.stdout[-400:]}{done.stderr}", done.returncode == status)
             found.append(json.loads(done.stdout))
         write_seeds(log, ram, fdt, found[0]["root"])
@@ -1314,7 +1026,7 @@ def test_vm(log, note, kernels, broken):
 
 
 def meddle(guest, damage, then, first=PRESERVE, mem="512M", args="", again="", timeout=120, **options):
-    """A kexec, with damage(ram, fdt) done to kernel 1 right before it.
+    """A kexec, with damage(handover) done when all is ready for it.
 
     args: for both kernels; again: for the second one.
     """
@@ -1328,11 +1040,16 @@ def meddle(guest, damage, then, first=PRESERVE, mem="512M", args="", again="", t
             return
         areas = [(start >> 12, start + size >> 12)
                  for start, size in zip(numbers("scratch_phys"), numbers("scratch_len"))]
+        regions = [(int(start, 16) + 4095 >> 12, int(end, 16) + 1 >> 12) for start, end in re.findall(
+            r"BIOS-e820: \[mem (\w+)-(\w+)\] +System RAM", guest.log.read_text(errors="replace"))]
+        # The kernel does without the first page.
+        regions[0] = (1, regions[0][1])
         with Ram(ram_path, g.megabytes(mem) << 20, areas, numbers("donated/frames")) as ram:
             state.extend(ram.root_fdts())
             try:
                 for fdt in spoilt(state, ()):
-                    damage(ram, fdt)
+                    ours = frames(guest) if (guest.share / "frames").exists() else ()
+                    damage(Handover(ram, fdt, ours, regions))
             except Exception as fail:
                 failed.append(fail)
         (guest.share / "go").touch()
@@ -1345,8 +1062,10 @@ def meddle(guest, damage, then, first=PRESERVE, mem="512M", args="", again="", t
         """ + first + """
         cat /sys/kernel/debug/kho/out/scratch_phys >/mnt/scratch_phys
         cat /sys/kernel/debug/kho/out/scratch_len >/mnt/scratch_len
-        touch /mnt/waiting
-        while [ ! -e /mnt/go ]; do sleep 0.1; done
+        loaded() {
+            touch /mnt/waiting
+            while [ ! -e /mnt/go ]; do sleep 0.1; done
+        }
         next_kernel next
         """, then], again=f"kho=on liveupdate=on {args} {again}", mem=mem, ram=ram_path, during=during,
         timeout=timeout, **options)
