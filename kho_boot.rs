@@ -97,6 +97,13 @@ fn refuse(memblock: Memblock, why: (&'static str, u64)) {
     }
 }
 
+/// Returns whether `len` bytes at `phys` may be RAM, as far as that is known yet.
+#[link_section = ".init.text"]
+fn may_be_ram(phys: u64, len: u64) -> bool {
+    // SAFETY: The kernel boots, and the range does not wrap around.
+    Frames::covering(phys, len).is_some() && unsafe { bindings::kho_glue_may_be_ram(phys, len) }
+}
+
 /// Memory that is mapped for a moment, before there is a direct map to rely on.
 ///
 /// # Invariants
@@ -110,7 +117,7 @@ struct EarlyMap {
 impl EarlyMap {
     #[link_section = ".init.text"]
     fn new(phys: u64, len: u64) -> Option<Self> {
-        if len == 0 || len > EARLY_MAX || Frames::covering(phys, len).is_none() {
+        if len == 0 || len > EARLY_MAX || !may_be_ram(phys, len) {
             return None;
         }
         // SAFETY: The kernel boots, and the length is one that can be mapped.
@@ -133,12 +140,18 @@ impl Drop for EarlyMap {
 /// Checks the scratch areas of another kernel.
 #[link_section = ".init.text"]
 fn check_scratch(areas: &[bindings::kho_scratch]) -> Result<(), &'static str> {
-    let mut areas = areas.iter().filter(|area| area.size > 0).peekable();
-    if areas.peek().is_none() {
+    let areas = areas.iter().filter(|area| area.size > 0);
+    if areas.clone().next().is_none() {
         return Err("there is no scratch area");
     }
-    if areas.any(|area| Frames::exact(area.addr, area.size).is_none()) {
-        return Err("a scratch area is not made of pages");
+    for area in areas {
+        if Frames::exact(area.addr, area.size).is_none() {
+            return Err("a scratch area is not made of pages");
+        }
+        // memblock would take it for memory, and allocate there.
+        if !may_be_ram(area.addr, area.size) {
+            return Err("a scratch area is not RAM");
+        }
     }
     Ok(())
 }

@@ -21,8 +21,13 @@
 #include <linux/percpu.h>
 #include <linux/pgalloc_tag.h>
 #include <linux/preempt.h>
+#include <linux/string.h>
 #include <linux/vmstat.h>
 #include <linux/workqueue.h>
+
+#ifdef CONFIG_X86
+#include <asm/e820/api.h>
+#endif
 
 #include "../../../mm/internal.h"
 #include "../../../mm/page_alloc.h"
@@ -89,6 +94,20 @@ bool kho_glue_is_plugged(unsigned long start, unsigned long end)
 			return true;
 #endif
 	return false;
+}
+
+/*
+ * Whether a range may be RAM, as far as that is known before memblock is.  What memmap= or
+ * add_efi_memmap add to the map is not, and other architectures than x86 may know nothing yet.
+ */
+bool __init kho_glue_may_be_ram(phys_addr_t phys, phys_addr_t size)
+{
+#ifdef CONFIG_X86
+	return e820__mapped_all(phys, phys + size, E820_TYPE_RAM) ||
+	       strstr(boot_command_line, "memmap");
+#else
+	return true;
+#endif
 }
 
 int __init kho_glue_early_pfn_to_nid(unsigned long pfn)
