@@ -224,7 +224,9 @@ class Handover:
         """Has the table of scratch areas be what change(areas) makes of (start, size)."""
         areas = [(start << 12, end - start << 12) for start, end in self.ram.scratch]
         changed = change(areas)
-        for at in list(self.ram.find(b"".join(struct.pack("=QQ", *area) for area in areas))):
+        table = b"".join(struct.pack("=QQ", *area) for area in areas)
+        # The image has it in a page by itself; what is behind the kernel's own one is others'.
+        for at in [at for at in self.ram.find(table) if self.ram.read(at & -PAGE) == table.ljust(PAGE, b"\0")]:
             self.ram.write(at, b"".join(struct.pack("=QQ", *area) for area in changed))
         self.set_image(3, 16 * len(changed))
         self.ram.scratch = [(start >> 12, start + size >> 12) for start, size in changed if size]
@@ -703,7 +705,7 @@ kinds(early=True)([
     for name, index, value, refused in (
         ("fdt-zero", 0, 0, "no FDT is there"),
         ("fdt-unaligned", 0, lambda old: old + 8, "no FDT is there"),
-        ("fdt-hole", 0, 0xa0000, "no FDT is there"),
+        ("fdt-hole", 0, 0xa0000, "the FDT cannot be mapped"),
         ("fdt-beyond", 0, 1 << 45, "the FDT cannot be mapped"),
         ("fdt-wrapping", 0, (1 << 64) - 8, "the FDT cannot be mapped"),
         ("fdt-size-0", 1, 0, "the FDT cannot be mapped"),
@@ -713,7 +715,7 @@ kinds(early=True)([
         ("fdt-size-huge", 1, 1 << 63, "the FDT cannot be mapped"),
         ("table-unaligned", 2, lambda old: old + 4, "the table of scratch areas has a bad size or place"),
         ("table-beyond", 2, 1 << 45, "the table of scratch areas cannot be mapped"),
-        ("table-hole", 2, 0xa0000, "a scratch area is not made of pages"),
+        ("table-hole", 2, 0xa0000, "the table of scratch areas cannot be mapped"),
         ("table-size-0", 3, 0, "the table of scratch areas cannot be mapped"),
         ("table-size-17", 3, 17, "the table of scratch areas has a bad size or place"),
         ("table-size-large", 3, (128 << 10) + 16, "the table of scratch areas cannot be mapped"),
