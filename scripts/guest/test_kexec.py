@@ -990,9 +990,9 @@ def test_inspect(log, kernel, note):
         header += struct.pack("<IIQQQQQQ", 1, 7, offset, 0, 0, at.ram.size, at.ram.size, 0)
         with open(dump, "wb") as file:
             file.write(header)
-            for at in range(0, at.ram.size, 1 << 20):
-                file.seek(offset + at)
-                file.write(at.ram.read(at, 1 << 20))
+            for start in range(0, at.ram.size, 1 << 20):
+                file.seek(offset + start)
+                file.write(at.ram.read(start, 1 << 20))
         for options, status in ([], 0), ([f"--scratch={at.fdt},0x1000"], 1):
             done = subprocess.run([tool, dump, f"--fdt={at.fdt}", "--json", *options], capture_output=True, text=True)
             expect(f"{options}: {done.returncode} {done.stdout[-400:]}{done.stderr}", done.returncode == status)
