@@ -55,7 +55,7 @@ def damaged(log, note, kinds, **options):
         """ + (RETRIEVE if takes else "kho-guest retrieve run && fail LUO has the session\n") + FILL + \
         "check kho-guest waiting /mnt/lost\n"
     with make(log) as guest:
-        done = meddle(guest, change, script, first=WHOLE, again=again, **options)
+        done = meddle(guest, change, script, first=WHOLE, again=again, timeout=240, **options)
         expect("nothing was damaged", found)
         if takes:
             guest.expect_files(done, 1, 2)
@@ -163,7 +163,7 @@ def test_damage_areas(log, note, record_property):
             damage(area_of(at, number))
 
     with make(log, K) as guest:
-        done = meddle(guest, change, RETRIEVE + FILL, mem="768M", args=f"{API_USER} kho_kunit_leave")
+        done = meddle(guest, change, RETRIEVE + FILL, mem="768M", args=f"{API_USER} kho_kunit_leave", timeout=300)
         guest.expect_files(done, 1, 2)
     lines = [line.removeprefix("kho_kunit: ") for line in done.said(2, "kho_kunit: (?!early)")]
     ends = [f"area {number} {'came back' if whole else 'is lost'}" for number, (_, whole) in enumerate(AREAS.values())]
