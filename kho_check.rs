@@ -323,8 +323,8 @@ impl<M: NodeMem, S: NodeMem> Check<'_, M, S> {
         }
     }
 
-    /// Returns where the first block of `run` starts that lies in a larger one. Those have all
-    /// been seen, and so have the nodes on the way to them: keys of larger blocks come first. All of
+    /// Returns where the first block of `run` starts that lies in a larger one. Those have all been
+    /// seen, and so have the nodes on the way to them: keys of larger blocks come first. All of
     /// those must be sound.
     #[link_section = ".init.text"]
     #[inline(never)]

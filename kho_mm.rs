@@ -248,11 +248,11 @@ impl Page {
             .is_ok()
     }
 
-    /// Takes the mark off a preserved folio, which makes it the caller's; [`None`] if there is none,
-    /// if the block is too large for a folio, or if somebody else was faster.
+    /// Takes the mark off a preserved folio, which makes it the caller's; [`None`] if there is
+    /// none, if the block is too large for a folio, or if somebody else was faster.
     ///
-    /// Takeover has left nothing else to be done, see `kho_struct_pages`: this costs the same for all
-    /// orders.
+    /// Takeover has left nothing else to be done, see `kho_struct_pages`: this costs the same for
+    /// all orders.
     #[inline(always)]
     pub(crate) fn take_folio(self) -> Option<*mut bindings::folio> {
         let private = self.private().load(Ordering::Relaxed);

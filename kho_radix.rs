@@ -42,10 +42,10 @@
 //! ```
 //!
 //! A hint says "this tree has that leaf for those keys, below that table", which stays true for as
-//! long as no node is taken away. [`NodeMem::new_generation`] invalidates all hints at once; `prune` and `destroy`
-//! call it while they are alone, before they free anything. Hints are read and written under a
-//! guard only. So a CPU that finds a hint of the present generation is in the tree, and no node has
-//! been taken away since the hint was written.
+//! long as no node is taken away. [`NodeMem::new_generation`] invalidates all hints at once;
+//! `prune` and `destroy` call it while they are alone, before they free anything. Hints are read
+//! and written under a guard only. So a CPU that finds a hint of the present generation is in the
+//! tree, and no node has been taken away since the hint was written.
 //!
 //! Hints are no shared state: CPUs that use different leaves write to no common cache line.
 //!

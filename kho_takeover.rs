@@ -397,8 +397,9 @@ impl Takeover {
     }
 
     /// Makes the struct pages in some frames of one grain and zone what restoring finds, see
-    /// [`GrainPages`]; returns whether all of the frames can be restored. If they `are_deferred`, which only those of a whole grain can be, they are
-    /// initialised first. Nothing can be restored of a handover that was refused.
+    /// [`GrainPages`]; returns whether all of the frames can be restored. If they `are_deferred`,
+    /// which only those of a whole grain can be, they are initialised first. Nothing can be
+    /// restored of a handover that was refused.
     ///
     /// Memory that several blocks claim goes to the largest of them: the others are not added, so
     /// that no frame can be restored twice.

@@ -39,7 +39,7 @@
 #define MAX_FILES	1024
 #define PAGE		4096
 /* In /proc/kpageflags: reserved, and the head and the tails of a folio. */
-#define WAITING		(1UL << 32 | 1UL << 15 | 1UL << 16)
+#define WAITING		0x100018000UL
 #define LARGE_GAP	((240 << 20) / PAGE)
 
 static int fds[MAX_FILES + 1];
