@@ -5,8 +5,8 @@
 use super::{
     kho_check::{
         check_tree,
-        is_claimed,
         is_usable,
+        larger_block,
         reaches_ram,
         Machine,
         Refusal,
@@ -333,7 +333,7 @@ impl Visitor for Finder<'_> {
                     let what = format!("block of order {order} is not RAM outside scratch");
                     self.report.add(&what, block.pfn().phys());
                 } else if self.stats.overlap.is_some()
-                    && is_claimed(self.tree, self.stats, self.machine, block)
+                    && larger_block(self.tree, self.stats, self.machine, block).is_some()
                 {
                     let what = format!("block of order {order} is preserved twice");
                     self.report.add(&what, block.pfn().phys());
