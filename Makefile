@@ -21,11 +21,11 @@ KERNELS ?=
 VM_MEM ?=
 BREAK ?=
 SIGNOFF ?=
-TIME ?=
-TARGET ?=
+SECS ?=
+FUZZ ?=
 ARGS ?=
 export KDIR LLVM ARCH MEM FILES OUT TARBALL SHA256 ARCHS COMPILERS CONFIGS WORKLOADS T
-export SEEDS HOPS KERNELS VM_MEM BREAK SIGNOFF TIME TARGET
+export SEEDS HOPS KERNELS VM_MEM BREAK SIGNOFF SECS FUZZ
 ifneq ($(CACHE),)
 export CACHE
 endif
@@ -47,7 +47,7 @@ help:
 	@echo 'make test-all   the same, with every kind of damage to a handover'
 	@echo '                  SEEDS=300    that many with bits flipped at random (default: 5)'
 	@echo 'make fuzz       give the pure core what libFuzzer makes up, against models'
-	@echo '                  TIME=600 TARGET=tree|ops|fdt|param|range  seconds for each'
+	@echo '                  SECS=600 FUZZ=tree|ops|fdt|param|range  seconds for each'
 	@echo 'make mutants    change the pure core in each place: do tests notice? some hours'
 	@echo '                  ARGS="-f kho_key.rs"  for cargo-mutants'
 	@echo 'make bench      measure C and Rust in guests, and the tree on the host:'

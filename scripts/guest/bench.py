@@ -551,6 +551,8 @@ def quotient_of(c, rust):
     """How much Rust takes of what C takes."""
     if c is None or rust is None or c <= 0 or rust <= 0:
         return "\\-"
+    if rust > 100 * c:
+        return f"{rounded(rust / c, 2):,.0f}"
     return f"{rust / c:.2f}" if rust > 0.02 * c else f"1/{rounded(c / rust, 2):,.0f}"
 
 
