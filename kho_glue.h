@@ -143,4 +143,7 @@ void kho_rs_prune(void);
 void kho_rs_sum_up(void);
 void kho_rs_summary(struct seq_file *file);
 
+/* in kunit/handover.c */
+void kho_kunit_make_folio(struct page *page, unsigned int order);
+
 #endif /* KHO_GLUE_H */

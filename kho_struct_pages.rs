@@ -28,10 +28,7 @@ use super::kho_word::{
 };
 use super::GRAIN_ORDER;
 use core::mem::size_of;
-use kernel::{
-    bindings,
-    prelude::*, //
-};
+use kernel::bindings;
 
 /// The words of a struct page.
 type Words = [usize; size_of::<bindings::page>() / size_of::<usize>()];

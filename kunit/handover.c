@@ -22,6 +22,8 @@
 #include <linux/vmalloc.h>
 #include <linux/vmstat.h>
 
+#include "../kho_glue.h"
+
 #define NAME		"kho-kunit"
 /* A range that no few blocks make up, in the middle of a larger one. */
 #define RANGE_ORDER	7
@@ -131,6 +133,14 @@ static int __init preserve(struct state *state)
 			return err;
 	}
 	return 0;
+}
+
+/* Of pages that have a reference each. */
+void kho_kunit_make_folio(struct page *page, unsigned int order)
+{
+	for (unsigned long i = 1; i < 1UL << order; i++)
+		set_page_count(page + i, 0);
+	prep_compound_page(page, order);
 }
 
 static bool __init take_folio(phys_addr_t phys, unsigned int order)

@@ -49,12 +49,14 @@ struct Pages {
 
 impl Pages {
     fn new(order: u32) -> Result<Self> {
-        // Not compound: they are single pages in one block.
         // SAFETY: The order is one of the page allocator's.
         let page = unsafe { bindings::alloc_pages(bindings::GFP_KERNEL, order) };
         if page.is_null() {
             return Err(ENOMEM);
         }
+        // As takeover leaves single pages: each has a reference.
+        // SAFETY: The pages are ours, and not a folio.
+        unsafe { bindings::split_page(page, order) };
         // SAFETY: There is a page.
         let frames = unsafe { kho_mm::page_frames(page, 1) }.ok_or(EINVAL)?;
         Ok(Self {
@@ -80,8 +82,13 @@ impl Pages {
         self.page(index).map_or(core::ptr::null_mut(), Page::as_ptr)
     }
 
+    /// Makes a block what takeover leaves of it.
     fn mark(&self, index: u64, order: u32) -> Result {
         let order = Order::new(order).ok_or(EINVAL)?;
+        if kho_mm::is_folio(order) {
+            // SAFETY: The pages are ours.
+            unsafe { bindings::kho_kunit_make_folio(self.ptr(index), order.get()) };
+        }
         self.page(index)?.mark(Mark::Preserved, order);
         Ok(())
     }
@@ -93,26 +100,17 @@ impl Pages {
             .and_then(|page| page.order(Mark::Preserved))
             .is_some_and(|found| found.get() == order)
     }
-
-    /// Takes back what `count` restored pages have added to the zone's count: they were in it.
-    fn forget(&self, count: usize) {
-        // SAFETY: The page is there.
-        unsafe { bindings::adjust_managed_page_count(self.ptr(0), -(count as isize)) };
-    }
 }
 
 impl Drop for Pages {
     fn drop(&mut self) {
         if self.free {
-            // SAFETY: Allocated like that. Every page but the first has no reference of its own,
-            // which is what freeing them as a block takes; marks are not looked at.
-            unsafe {
-                for index in 0..self.count() as u64 {
-                    if let Ok(page) = self.page(index) {
-                        page.private().store(0, Ordering::Relaxed);
-                    }
+            for index in 0..self.count() as u64 {
+                if let Ok(page) = self.page(index) {
+                    page.private().store(0, Ordering::Relaxed);
+                    // SAFETY: Each has one reference, which is ours.
+                    unsafe { kho_mm::free_page(self.phys(index)) };
                 }
-                bindings::free_pages(kho_mm::virt::<c_void>(self.phys) as usize, self.order);
             }
         }
     }
@@ -639,7 +637,6 @@ mod pages {
             let folio = crate::kho_restore_folio(pages.phys);
             assert!(!folio.is_null());
             pages.free = false;
-            pages.forget(4);
             let found = bindings::kho_glue_folio(folio);
             assert_eq!(found.order, 2);
             assert_eq!(found.pfn as u64, pages.phys >> PAGE_SHIFT);
@@ -682,7 +679,6 @@ mod pages {
             let page = crate::kho_restore_pages(pages.phys, 4);
             assert!(core::ptr::eq(page, pages.ptr(0)));
             pages.free = false;
-            pages.forget(4);
             assert!(crate::kho_restore_pages(pages.phys, 4).is_null());
             // Each has a reference of its own now.
             for index in 0..4 {
@@ -865,7 +861,6 @@ mod vmalloc {
             assert!(!area.is_null());
             for page in Iterator::chain(chunks.iter_mut(), pages.iter_mut()) {
                 page.free = false;
-                page.forget(1);
             }
             for n in 0..COUNT {
                 let at = area.cast::<u8>().add(n * bindings::PAGE_SIZE);
@@ -931,7 +926,6 @@ mod vmalloc {
             let area = crate::kho_restore_vmalloc(&preservation);
             assert!(!area.is_null());
             pages.free = false;
-            pages.forget(4);
             for index in 0..3u64 {
                 let at = area.cast::<u8>().add(index as usize * bindings::PAGE_SIZE);
                 assert_eq!(at.cast::<u64>().read(), index + 1);
