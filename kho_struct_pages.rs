@@ -35,6 +35,11 @@ type Words = [usize; size_of::<bindings::page>() / size_of::<usize>()];
 
 const LRU: usize = bindings::KHO_PAGE_LRU / size_of::<usize>();
 
+const _: () = assert!(
+    size_of::<bindings::page>() % size_of::<usize>() == 0
+        && LRU + 2 <= size_of::<Words>() / size_of::<usize>()
+);
+
 /// How many pages a grain has.
 const GRAIN_PAGES: usize = 1 << GRAIN_ORDER;
 
@@ -62,6 +67,9 @@ impl GrainPages {
     /// The frames must be RAM that takeover has reserved.
     #[link_section = ".init.text"]
     pub(crate) unsafe fn new(frames: Frames, are_deferred: bool) -> Option<Self> {
+        if are_deferred && frames.count() != GRAIN_PAGES as u64 {
+            return None;
+        }
         // SAFETY: By the caller's contract.
         let first = unsafe { Page::of(frames.start())? };
         let mut single = None;
