@@ -99,6 +99,21 @@ def bits_of(page):
         bits &= bits - 1
 
 
+def fdt_nodes(tree):
+    """The subtrees and their properties, and the root's as "/": {name: {property: bytes}}."""
+    nodes, node, name = {}, 0, "/"
+    while node >= 0:
+        at, nodes[name] = tree.first_property_offset(node, libfdt.QUIET_NOTFOUND), {}
+        while at >= 0:
+            found = tree.get_property_by_offset(at)
+            nodes[name][found.name] = bytes(found)
+            at = tree.next_property_offset(at, libfdt.QUIET_NOTFOUND)
+        node = tree.next_subnode(node, libfdt.QUIET_NOTFOUND) if node else \
+            tree.first_subnode(0, libfdt.QUIET_NOTFOUND)
+        name = tree.get_name(node) if node >= 0 else ""
+    return nodes
+
+
 class Handover:
     """What one kernel leaves to the next: ram holds it, its root FDT is at fdt."""
 
@@ -109,19 +124,7 @@ class Handover:
     # The FDT.
 
     def nodes(self):
-        """The subtrees and their properties, and the root's as "/": {name: {property: bytes}}."""
-        tree, nodes = libfdt.FdtRo(self.ram.read(self.fdt)), {}
-        node, name = 0, "/"
-        while node >= 0:
-            at, nodes[name] = tree.first_property_offset(node, libfdt.QUIET_NOTFOUND), {}
-            while at >= 0:
-                found = tree.get_property_by_offset(at)
-                nodes[name][found.name] = bytes(found)
-                at = tree.next_property_offset(at, libfdt.QUIET_NOTFOUND)
-            node = tree.next_subnode(node, libfdt.QUIET_NOTFOUND) if node else \
-                tree.first_subnode(0, libfdt.QUIET_NOTFOUND)
-            name = tree.get_name(node) if node >= 0 else ""
-        return nodes
+        return fdt_nodes(libfdt.FdtRo(self.ram.read(self.fdt)))
 
     def edit(self, change):
         """Writes the FDT anew after change(tree)."""

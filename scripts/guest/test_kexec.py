@@ -17,7 +17,7 @@ import libfdt
 import pytest
 
 from . import bench, qemu as g, vm as machine
-from .damage import AREAS, Handover, Ram
+from .damage import AREAS, Handover, Ram, fdt_nodes as nodes_of
 from .qemu import Fail, Guest, spoilt
 
 R, C, P, K, ARM64 = "RUST", "C", "PLAIN", "KUNIT", "ARM64"
@@ -49,17 +49,8 @@ def fdt_nodes(blob, file="the root FDT"):
     except libfdt.FdtException as error:
         raise Fail(f"{file} cannot be read: {error}") from None
     expect(f"{file} has {len(blob)} bytes, its header says {fdt.totalsize()}", fdt.totalsize() == len(blob))
-    nodes, node, path = {}, 0, ""
-    while node >= 0:
-        properties, nodes[path] = fdt.first_property_offset(node, libfdt.QUIET_NOTFOUND), {}
-        while properties >= 0:
-            found = fdt.get_property_by_offset(properties)
-            nodes[path][found.name] = bytes(found)
-            properties = fdt.next_property_offset(properties, libfdt.QUIET_NOTFOUND)
-        node = fdt.next_subnode(node, libfdt.QUIET_NOTFOUND) if node else \
-            fdt.first_subnode(0, libfdt.QUIET_NOTFOUND)
-        path = "/" + fdt.get_name(node) if node >= 0 else ""
-    return nodes
+    return {"" if name == "/" else "/" + name: properties
+            for name, properties in nodes_of(fdt).items()}
 
 
 SAVE_FDT = """
