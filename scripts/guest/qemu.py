@@ -296,7 +296,7 @@ class Run:
 
 
 def qemu(log, kernel, initramfs, cmdline, share=None, mem="1G", smp=1, nodes=1, timeout=HANG,
-         ram=None, title=None, during=None, machine=None, base=CMDLINE, plug=None):
+         ram=None, title=None, during=None, machine=None, base=CMDLINE, plug=None, keys=None):
     """Runs a guest to its end and returns its Run.
 
     nodes: how many there are, or the size of each.
@@ -304,6 +304,7 @@ def qemu(log, kernel, initramfs, cmdline, share=None, mem="1G", smp=1, nodes=1, 
     plug: memory that the guest can take into use while it runs.
     machine: QEMU and the arguments that choose another machine than the tests'.
     base: the part of the command line that goes with it.
+    keys: a file from which comes what is typed at the serial port, which is on stdout then, too.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
@@ -311,7 +312,9 @@ def qemu(log, kernel, initramfs, cmdline, share=None, mem="1G", smp=1, nodes=1, 
     # No guest outlives this program, however that ends.
     args = ["setpriv", "--pdeathsig", "KILL", *(machine or tests_machine()),
             "-nographic", "-nodefaults", "-no-reboot",
-            "-m", f"{size}M" + (",slots=1,maxmem=8G" if plug else ""), "-smp", f"{smp},sockets={smp}", "-serial", f"file:{log}",
+            "-m", f"{size}M" + (",slots=1,maxmem=8G" if plug else ""), "-smp", f"{smp},sockets={smp}",
+            "-chardev", f"{'stdio,mux=on,signal=off,' if keys else 'null,'}id=serial,logfile={log}",
+            "-serial", "chardev:serial", *(["-mon", "chardev=serial"] if keys else []),
             "-kernel", str(image(kernel)), "-initrd", str(initramfs), "-append", f"{base} {cmdline}"]
     if share:
         args += ["-fsdev", f"local,id=kho,path={share},security_model=none,multidevs=remap",
@@ -336,7 +339,8 @@ def qemu(log, kernel, initramfs, cmdline, share=None, mem="1G", smp=1, nodes=1, 
         args += ["-object", f"memory-backend-ram,id=plug,size={plug}", "-device", "pc-dimm,memdev=plug"]
     start = time.time()
     messages = tempfile.TemporaryFile()
-    child = subprocess.Popen(args, stdin=subprocess.DEVNULL, stdout=messages, stderr=messages)
+    child = subprocess.Popen(args, stdin=keys or subprocess.DEVNULL, stdout=None if keys else messages,
+                             stderr=messages)
     hang, shown = False, None
     while child.poll() is None:
         time.sleep(0.2)
@@ -507,5 +511,32 @@ def main_run(kernel, log, mem, staged):
     return 1 if reason else 0
 
 
+# make shell
+
+SHELL = """
+echo "alias next='touch /next; exit'" >/env
+echo "kernel $kho_stage: $(dmesg | grep 'KHO: .* implementation')"
+echo 'kho-guest preserve NAME /mnt  preserves a file in a session of memfds'
+echo 'kho-guest retrieve NAME       retrieves it in the next kernel, and says its hash'
+echo 'next                          starts that by kexec, and exit ends the guest'
+ENV=/env setsid cttyhack sh
+[ ! -e /next ] || next_kernel next
+"""
+
+
+def shell(guest, args="", **options):
+    """Kernels with a shell each, and a file for them to preserve."""
+    guest.add_file("README.md", (TOP / "README.md").read_bytes())
+    return guest.run(f"kho=on liveupdate=on {args}", [SHELL] * 99, **options)
+
+
+def main_shell(kernel, log, mem):
+    WORK.mkdir(exist_ok=True)
+    with Guest(log, kernel) as guest:
+        shell(guest, "quiet", mem=mem, smp=2, timeout=float("inf"), keys=sys.stdin)
+
+
 if __name__ == "__main__":
+    if len(sys.argv) == 4:
+        sys.exit(main_shell(sys.argv[1], Path(sys.argv[2]), sys.argv[3]))
     sys.exit(main_run(sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4]))

@@ -556,6 +556,25 @@ def test_smp(log):
         done.expect_line(2, "KHO restore succeeded")
 
 
+def test_shell(log):
+    """make shell: what is typed, also in the next kernel"""
+    lines = ["kho-guest preserve a /mnt\nnext\n", spoilt("kho-guest retrieve a\nexit\n", "exit\n")]
+    keys, typed = os.pipe()
+
+    def during():
+        # The shell's terminal is not there until it asks.
+        text = log.read_text(errors="replace") if log.exists() else ""
+        if lines and "\n~ # " in text.partition(f"\nkernel {3 - len(lines)}: ")[2]:
+            os.write(typed, lines.pop(0).encode())
+
+    with open(keys) as keys, Guest(log, R) as guest:
+        done = g.shell(guest, during=during, keys=keys)
+        os.close(typed)
+        done.expect(2)
+    digest = guest.manifest[0][2]
+    expect("kernel 2 did not say the hash of README.md", done.said(2, digest))
+
+
 # Memory that is scattered: every page of a file by itself, with gaps in between.
 
 SCATTER = PRESERVE.replace("kho-guest preserve", "kho-guest scatter")
