@@ -2,6 +2,7 @@
 # The commands of this repository; the kernel's build uses Kbuild instead.
 
 KDIR ?=
+CONFIG ?=
 LLVM ?=
 ARCH ?= x86_64
 CACHE ?=
@@ -24,19 +25,21 @@ SIGNOFF ?=
 SECS ?=
 FUZZ ?=
 ARGS ?=
-export KDIR LLVM ARCH MEM FILES OUT TARBALL SHA256 ARCHS COMPILERS CONFIGS WORKLOADS T
+export KDIR CONFIG LLVM ARCH MEM FILES OUT TARBALL SHA256 ARCHS COMPILERS CONFIGS WORKLOADS T
 export SEEDS HOPS KERNELS VM_MEM BREAK SIGNOFF SECS FUZZ
 ifneq ($(CACHE),)
 export CACHE
 endif
 
-.PHONY: help prepare kernel run vm test test-all fuzz mutants bench bench-full bench-host install uninstall series clean
+.PHONY: help prepare kernel run shell vm test test-all fuzz mutants doc
+.PHONY: bench bench-full bench-host install uninstall series clean
 
 help:
 	@echo 'make run        build a kernel and hand real data over to it by kexec'
 	@echo '                  FILES="a b"  the files to carry (default: the kernel, README.md);'
 	@echo '                               names with spaces are quoted, as in a shell'
 	@echo '                  MEM=2G       memory of the guest'
+	@echo 'make shell      boot that kernel with a shell, in which "next" is a kexec'
 	@echo 'make vm         take a running virtual machine through a kexec of its host'
 	@echo '                  KERNELS="c rust c"  with the C and the Rust implementation in turn'
 	@echo '                  HOPS=3       that many kexecs'
@@ -44,12 +47,15 @@ help:
 	@echo '                  BREAK=1      flip a bit of it: the VM has to notice'
 	@echo 'make test       everything: host tests, KUnit, kexec tests, checks'
 	@echo '                  T="chain or smp"  the kexec tests that this selects, as pytest -k'
-	@echo 'make test-all   the same, with every kind of damage to a handover'
+	@echo 'make test-all   the same, and what takes hours: every kind of damage to a handover,'
+	@echo '                two configurations that are not made for the tests, each patch of'
+	@echo '                make series'
 	@echo '                  SEEDS=300    that many with bits flipped at random (default: 5)'
 	@echo 'make fuzz       give the pure core what libFuzzer makes up, against models'
 	@echo '                  SECS=600 FUZZ=tree|ops|fdt|param|range  seconds for each'
 	@echo 'make mutants    change the pure core in each place: do tests notice? some hours'
 	@echo '                  ARGS="-f kho_key.rs"  for cargo-mutants'
+	@echo 'make doc        build the documents, also those of the crate, without a warning'
 	@echo 'make bench      measure C and Rust in guests, and the tree on the host:'
 	@echo '                  tables, JSON, drawings; half an hour'
 	@echo '                  ARCHS="x86_64 arm64" COMPILERS="gcc llvm"'
@@ -67,6 +73,8 @@ help:
 	@echo
 	@echo 'KDIR=<tree>     your own Linux 7.3 tree, which is copied (default: a package of'
 	@echo '                Debian); only install and uninstall change it'
+	@echo 'CONFIG=<.config>  your own configuration, to which what the guests need is added'
+	@echo '                (run, vm, test, kernel)'
 	@echo 'TARBALL=<file> SHA256=<sum>  a release of Linux 7.3 that you have fetched'
 	@echo 'LLVM=1          build with clang and lld instead of gcc'
 	@echo 'ARCH=arm64      build for arm64 instead of x86_64 (kernel only)'
@@ -74,11 +82,16 @@ help:
 
 # scripts/kho looks at the variables, takes the cache for itself and makes sure
 # that toolchain and source are there.
-prepare kernel run vm fuzz bench-host:
+prepare kernel run shell vm fuzz doc bench-host:
 	@scripts/kho $@
 
+# What takes long, each by a command of its own, unless some tests are named.
 test-all: export KHO_ALL = 1
-test test-all:
+test-all: test
+	$(if $(T),,@scripts/kho foreign)
+	$(if $(T),,@scripts/kho series-check)
+
+test:
 	@scripts/kho test $(if $(T),"$$T")
 
 mutants:

@@ -38,14 +38,27 @@ if [ -n "${KDIR:-}" ]; then
 else
 	SRC=$(cat "$CACHE/source.path" 2>/dev/null || :)
 fi
+# CONFIG is one of the tests' configurations, or a file, one's own.  OWN is part of the names
+# of what is made with that.
+OWN=
+case ${CONFIG:-debug} in
+debug | production | plain | sanitize) ;;
+*)
+	[ -f "$CONFIG" ] && [ -r "$CONFIG" ] && grep -q '^CONFIG_64BIT=y' "$CONFIG" ||
+		die "CONFIG=$CONFIG is no .config of a 64-bit kernel, nor debug, production, plain or sanitize"
+	CONFIG=$(realpath -- "$CONFIG")
+	OWN=-own$(printf %s "$CONFIG" | sha256sum | cut -c1-8)
+	export CONFIG
+	;;
+esac
 case ${ARCH:-x86_64} in x86_64 | arm64) ;; *) die "ARCH=$ARCH: x86_64 or arm64" ;; esac
 case ${LLVM:-} in '' | 1) ;; *) die "LLVM=$LLVM: 1, or nothing for gcc" ;; esac
-export TOP CACHE JOBS SRC TREE KHO_T0
+export TOP CACHE JOBS SRC TREE OWN KHO_T0
 
 # The cache has a marker, which lists the names of what was made in it, where
 # they are not always the same, and which is its lock.
 MARKER=$CACHE/.kho-cache
-FIXED=(kernels guest kunit log deb unpack host-target fuzz mutants bench bench-host.json root.path source.path)
+FIXED=(kernels guest kunit log deb unpack doc foreign series host-target fuzz mutants bench bench-host.json root.path source.path)
 
 # is_ours: whether the cache was made here.  One of an older version has no
 # marker.  It names the tree or the root in it, and has nothing else in it.
