@@ -93,7 +93,20 @@ fn report_refusal((what, at): (&'static str, u64)) {
 fn refuse(memblock: Memblock, why: (&'static str, u64)) {
     report_refusal(why);
     if INHERITED.load(Ordering::Relaxed) {
-        memblock.use_all_memory();
+        use_all_memory(memblock);
+    }
+}
+
+/// Has memblock allocate from all memory, as nothing is kept of a handover. Scratch areas that
+/// leave a kernel too little to run in are wrong, too: it goes without, as on a cold boot.
+#[cold]
+#[link_section = ".init.text"]
+fn use_all_memory(memblock: Memblock) {
+    memblock.use_all_memory();
+    if !kho_scratch::leaves_enough(memblock) {
+        pr_warn!("scratch areas given up: they leave too little memory of other kinds\n");
+        kho_scratch::give_up(memblock);
+        INHERITED.store(false, Ordering::Relaxed);
     }
 }
 
@@ -286,14 +299,14 @@ pub(crate) fn init_early(memblock: Memblock) {
         Ok(Plan::Drop) => {
             pr_warn!("too little memory would be left to keep what it names\n");
             takeover.drop_sets();
-            memblock.use_all_memory();
+            use_all_memory(memblock);
         }
         Err(error) => {
             if !takeover.is_refused() {
                 report_refusal(Refusal::from(error).what());
             }
             takeover.drop_sets();
-            memblock.use_all_memory();
+            use_all_memory(memblock);
         }
     }
 }
@@ -323,13 +336,9 @@ pub(crate) fn init(memblock: Memblock) {
         pr_info!("disabled in the kdump kernel\n");
         return;
     }
-    if !INHERITED.load(Ordering::Relaxed) {
-        if kho_state::is_enabled() && kho_scratch::reserve(memblock).is_err() {
-            kho_state::set_enabled(false);
-        }
-        return;
+    if INHERITED.load(Ordering::Relaxed) {
+        kho_scratch::report(memblock);
     }
-    kho_scratch::report(memblock);
     // SAFETY: Nothing else runs; `init_early()` has written it.
     if let Some(takeover) = unsafe { (&raw mut FOUND).replace(None) } {
         let start = kho_mm::cycles();
@@ -338,9 +347,11 @@ pub(crate) fn init(memblock: Memblock) {
             Err(refusal) => refuse(memblock, refusal.what()),
         }
     }
-    if !kho_state::is_enabled() {
+    match (INHERITED.load(Ordering::Relaxed), kho_state::is_enabled()) {
         // This kernel hands nothing over, and has no use for scratch.
-        memblock.clear_scratch(kho_place::scratch());
+        (true, false) => memblock.clear_scratch(kho_place::scratch()),
+        (false, true) if kho_scratch::reserve(memblock).is_err() => kho_state::set_enabled(false),
+        _ => {}
     }
 }
 

@@ -174,6 +174,17 @@ impl Memblock {
         None
     }
 
+    /// Returns how many frames are usable, reserved or not.
+    #[link_section = ".init.text"]
+    pub(crate) fn usable_frames(self) -> u64 {
+        let (mut count, mut at) = (0u64, 0);
+        while let Some(usable) = self.first_usable(at) {
+            count = count.saturating_add(usable.count());
+            at = usable.end();
+        }
+        count
+    }
+
     /// Returns whether any of `frames` is reserved.
     #[link_section = ".init.text"]
     pub(crate) fn is_reserved(self, frames: Frames) -> bool {

@@ -377,6 +377,22 @@ pub(crate) fn report(memblock: Memblock) {
     report_size(early);
 }
 
+/// Returns whether the scratch areas of the last kernel leave this one enough memory that may be
+/// used for anything.
+#[link_section = ".init.text"]
+pub(crate) fn leaves_enough(memblock: Memblock) -> bool {
+    let floor = kho_param::floor(used(memblock, ANY_NODE));
+    memblock.usable_frames() << PAGE_SHIFT >= floor
+}
+
+/// Makes the scratch areas of the last kernel memory like any other.
+#[link_section = ".init.text"]
+pub(crate) fn give_up(memblock: Memblock) {
+    memblock.clear_scratch(kho_place::scratch());
+    // SAFETY: By `Memblock`'s invariant nothing else runs.
+    unsafe { bindings::kho_scratch_cnt = 0 };
+}
+
 #[link_section = ".init.text"]
 fn total_size() -> u64 {
     let areas = kho_place::scratch().iter();

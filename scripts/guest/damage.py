@@ -690,7 +690,7 @@ def area_over(page):
 
 
 def half_of_memory(at, old):
-    """The half of memory that has the root node.  All of it would leave none for a kernel."""
+    """The half of memory that has the root node."""
     start = at.root() >> 28 << 28
     return [(max(start, 1 << 20), min(start + (1 << 28), end_of_ram(at) << 12) - max(start, 1 << 20))]
 
@@ -747,6 +747,9 @@ kinds()([
     ("area-of-fdt", area_over(lambda at: at.fdt), {"refused": NOT_KEPT}),
     ("area-of-node", area_over(lambda at: at.root()), {"refused": NODE}),
     ("area-of-half", areas(half_of_memory), {"refused": NODE}),
+    # Only this one leaves a kernel no memory of its own.
+    ("area-of-all", areas(lambda at, old: [(1 << 20, (end_of_ram(at) - 512 << 12))]),
+     {"refused": NODE, "said": ("KHO: scratch areas given up: ",), **QUICK}),
     ("area-of-block", area_with_block, {"lost": 1}),
     ("area-beyond", areas(lambda at, old: [*old, (1 << 40, 1 << 24)]), {"refused": "a scratch area is not RAM", "early": True}),
     ("area-behind", areas(lambda at, old: [*old, (end_of_ram(at) << 12, 1 << 16)]),

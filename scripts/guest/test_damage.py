@@ -74,7 +74,7 @@ def damaged(log, note, kinds, **options):
         expect(f"refused: {model.refused}", re.fullmatch(refused, why))
         expect_lines(lines, [rf"KHO: handover refused: {re.escape(why)} \({address:#x}\)$",
                              "KHO: .* KiB that the refused handover names stay reserved|"
-                             "KHO: too little memory would be left"])
+                             "KHO: too little memory would be left", *said])
         expect_kept(model, numbers(lines[1])[:1], len(model.frames) + len(model.kept))
         note(f"{why}, {len(pages)} pages")
         return
