@@ -233,7 +233,7 @@ unsafe fn write(page: *mut bindings::page, words: &Words) {
 ///
 /// # Safety
 ///
-/// As for [`write`].
+/// As for [`write()`].
 #[inline(always)]
 unsafe fn init_single(page: *mut bindings::page, single: &Words) {
     // SAFETY: By the caller's contract; a list head has two words.
@@ -251,7 +251,7 @@ unsafe fn init_single(page: *mut bindings::page, single: &Words) {
 ///
 /// # Safety
 ///
-/// As for [`write`]; `tail` must be initialised, and adjacent to the others.
+/// As for [`write()`]; `tail` must be initialised, and adjacent to the others.
 #[link_section = ".init.text"]
 unsafe fn copy_tails(tail: *mut bindings::page, end: *mut bindings::page) {
     // SAFETY: By the caller's contract.
