@@ -91,6 +91,7 @@ mod kho_struct_pages;
 #[cfg(CONFIG_KEXEC_HANDOVER_DEBUGFS)]
 mod kho_summary;
 mod kho_takeover;
+mod kho_trace;
 mod kho_vmalloc;
 mod kho_word;
 #[cfg(CONFIG_KEXEC_HANDOVER_RUST_KUNIT_TEST)]

@@ -33,6 +33,10 @@
 #include "../../../mm/page_alloc.h"
 #include "kho_glue.h"
 
+#define CREATE_TRACE_POINTS
+#define CREATE_RUST_TRACE_POINTS
+#include "kho_trace.h"
+
 static_assert(KHO_SCRATCH_ALIGN >= CMA_MIN_ALIGNMENT_BYTES);
 
 /* Shared with kexec_handover_debugfs.c. */

@@ -31,6 +31,7 @@
 #include "../../../mm/vmalloc.h"
 #include "../../kexec_internal.h"
 #include "../kexec_handover_internal.h"
+#include "kho_trace.h"
 
 /*
  * Scratch areas are freed to the page allocator next to memory whose struct

@@ -254,20 +254,21 @@ impl Page {
     /// Takeover has left nothing else to be done, see `kho_struct_pages`: this costs the same for
     /// all orders.
     #[inline(always)]
-    pub(crate) fn take_folio(self) -> Option<*mut bindings::folio> {
+    pub(crate) fn take_folio(self) -> Option<(*mut bindings::folio, Order)> {
         let private = self.private().load(Ordering::Relaxed);
         // What is left without the mark is the order, or with another mark no order at all.
         let order = private ^ (Mark::Preserved as usize) << MARK_SHIFT;
         if order > bindings::KHO_MAX_FOLIO_ORDER as usize {
             return None;
         }
+        let order = Order::new(order as u32)?;
         self.private()
             .compare_exchange(private, 0, Ordering::AcqRel, Ordering::Relaxed)
             .ok()?;
         if cfg!(CONFIG_MEM_ALLOC_PROFILING) {
             self.clear_tags(1);
         }
-        Some(self.as_ptr().cast())
+        Some((self.as_ptr().cast(), order))
     }
 
     /// Makes the claimed block single pages that the caller has the only reference to.

@@ -37,6 +37,7 @@ use super::kho_radix::Removal;
 use super::kho_range::Frames;
 use super::kho_state;
 use super::kho_takeover;
+use super::kho_trace;
 use super::PAGE_SHIFT;
 use core::ptr::NonNull;
 use kernel::{
@@ -58,7 +59,10 @@ pub(crate) fn preserve(block: Block) -> Result {
     }
     let tree = kho_state::out_tree().ok_or(EOPNOTSUPP)?;
     match tree.add(Key::of(block)) {
-        Ok(true) => Ok(()),
+        Ok(true) => {
+            kho_trace::preserve(Frames::of_block(block));
+            Ok(())
+        }
         Ok(false) => Err(EEXIST),
         Err(_) => Err(ENOMEM),
     }
@@ -79,8 +83,9 @@ pub(crate) fn unpreserve(block: Block) {
     match tree.remove(Key::of(block)) {
         Removal::Removed => {}
         Removal::Emptied => kho_nodemem::schedule_prune(),
-        Removal::Absent => complain_absent(Key::of(block)),
+        Removal::Absent => return complain_absent(Key::of(block)),
     }
+    kho_trace::unpreserve(Frames::of_block(block));
 }
 
 /// As [`unpreserve`], out of line, for callers that are not the fast path.
@@ -117,7 +122,9 @@ fn preserve_blocks(frames: Frames) -> Result {
         // What was done ends with a block, so that the cuts are the same again.
         unpreserve_blocks(frames.until(done));
         error.map_or(EEXIST, |_| ENOMEM)
-    })
+    })?;
+    kho_trace::preserve(frames);
+    Ok(())
 }
 
 /// Undoes [`preserve_frames`] for the same range.
@@ -134,6 +141,7 @@ fn unpreserve_blocks(frames: Frames) {
         return;
     };
     let keys = frames.blocks(kho_mm::one_node).map(Key::of);
+    kho_trace::unpreserve(frames);
     if tree.remove_all(keys, complain_absent) {
         kho_nodemem::schedule_prune();
     }
@@ -172,9 +180,11 @@ pub(crate) fn restore_folio(phys: u64) -> Option<*mut bindings::folio> {
     if kho_takeover::is_pending() {
         initialise_folio(phys);
     }
-    if let Some(page) = Page::online(phys >> PAGE_SHIFT) {
+    let pfn = phys >> PAGE_SHIFT;
+    if let Some(page) = Page::online(pfn) {
         // A range of pages may have been preserved in one block that is too large for a folio.
-        if let Some(folio) = page.take_folio() {
+        if let Some((folio, order)) = page.take_folio() {
+            kho_trace::restore(Frames::between(pfn, pfn.saturating_add(order.pages())));
             return Some(folio);
         }
     }
@@ -241,6 +251,7 @@ pub(crate) fn take(frames: Frames) {
         page.into_pages(order);
         true
     });
+    kho_trace::restore(frames);
 }
 
 /// Calls `each` with the blocks of `frames`, all of which carry `mark`. Stops before one that does

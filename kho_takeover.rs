@@ -87,6 +87,7 @@ use super::kho_radix::{
 };
 use super::kho_range::Frames;
 use super::kho_struct_pages::GrainPages;
+use super::kho_trace;
 use super::kho_word::bits;
 use super::PAGE_SHIFT;
 use core::sync::atomic::{
@@ -631,6 +632,10 @@ pub(crate) fn init_free() {
 #[link_section = ".init.text"]
 pub(crate) fn init_late() {
     let Some(takeover) = current() else { return };
+    // In early boot there were no events yet.
+    if !takeover.is_refused() {
+        kho_trace::takeover(takeover.ranges, takeover.stats.frames, takeover.stats.nodes);
+    }
     // Regions that touch differ in flags or node, which makes no difference here.
     let mut span = Frames::EMPTY;
     for region in takeover.memblock.memory() {

@@ -34,6 +34,7 @@ use super::kho_mm::{
 };
 use super::kho_pages;
 use super::kho_range::Frames;
+use super::kho_trace;
 use core::{
     mem::ManuallyDrop,
     ptr::NonNull, //
@@ -340,7 +341,12 @@ impl Claimed {
     /// Makes all of it allocated pages and frees the chunks. Returns the array, which is the
     /// caller's to free.
     fn take(self) -> NonNull<*mut bindings::page> {
-        self.blocks(Page::into_pages);
+        self.blocks(|page, order| {
+            page.into_pages(order);
+            // SAFETY: A page has a struct page.
+            let frames = unsafe { kho_mm::page_frames(page.as_ptr(), order.pages() as usize) };
+            frames.into_iter().for_each(kho_trace::restore);
+        });
         self.chunks(|chunk| {
             kho_pages::take(chunk.0);
             // SAFETY: It was claimed, and nobody else's.

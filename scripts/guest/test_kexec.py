@@ -276,20 +276,22 @@ def test_fewer_nodes(log):
         done.expect_line(2, "KHO: takeover: ")
 
 
+def summary(guest, name):
+    """The figures of each line of debugfs' summary."""
+    lines = (guest.share / name).read_text().splitlines()
+    return {what: [int(number) for number in re.findall(r"\d+", text)]
+            for what, text in (line.split(": ", 1) for line in lines)}
+
+
 def test_summary(log, note):
     """R -> R: what debugfs says is preserved, was taken over, and is not restored yet"""
-    def figures(name):
-        lines = (guest.share / name).read_text().splitlines()
-        return {what: [int(number) for number in re.findall(r"\d+", text)]
-                for what, text in (line.split(": ", 1) for line in lines)}
-
     size = 5_000_000
     with make(log, size=size) as guest:
         done = guest.run("kho=on liveupdate=on", [
             PRESERVE + "save summary /sys/kernel/debug/kho/summary\nnext_kernel next",
             "save before /sys/kernel/debug/kho/summary\n" + spoilt(RETRIEVE, "") + "save summary /sys/kernel/debug/kho/summary\n"])
         done.expect(2)
-        left, before, after = map(figures, ("summary.1", "before.2", "summary.2"))
+        left, before, after = (summary(guest, name) for name in ("summary.1", "before.2", "summary.2"))
     expect(f"{left} became {before}", before["in"] == left["out"] and before["in nodes"] == left["out nodes"])
     expect(f"{before['in not restored']} of {before['in']}", before["in not restored"] <= before["in"])
     restored = [was - now for was, now in zip(before["in not restored"], after["in not restored"])]
@@ -298,6 +300,31 @@ def test_summary(log, note):
     orders = [text[1] for what, text in before.items() if what.startswith("in order ")]
     expect(f"{orders}", sum(orders) == before["in"][1])
     note(f"{restored[1]} KiB restored")
+
+
+def test_trace(log, note):
+    """R -> R: the tracepoints' pages are those of the summary"""
+    save = "save summary $kho/summary\nsave trace /sys/kernel/debug/tracing/trace\n"
+    on = "trace_event=kho:* trace_buf_size=4M"
+    with make(log, size=5_000_000) as guest:
+        done = guest.run(f"kho=on liveupdate=on {on}", [
+            PRESERVE + "kho=/sys/kernel/debug/kho\n" + save + "next_kernel next",
+            RETRIEVE + "kho=/sys/kernel/debug/kho\n" + save], again=f"kho=on liveupdate=on {spoilt(on, '')}")
+        done.expect(2)
+        left, after = summary(guest, "summary.1"), summary(guest, "summary.2")
+        traces = [(guest.share / f"trace.{stage}").read_text() for stage in (1, 2)]
+
+    def kib(trace, event):
+        return sum(int(pages) for pages in re.findall(rf" kho_{event}: pfn=\S+ nr_pages=(\d+)", trace)) << 2
+
+    kept = kib(traces[0], "preserve") - kib(traces[0], "unpreserve")
+    expect(f"{kept} KiB are preserved, not {left['out'][1]}", kept == left["out"][1])
+    found = re.findall(r" kho_takeover: runs=(\d+) nr_pages=(\d+) nodes=(\d+)", traces[1])
+    want = (after["in"][1] >> 2, after["in nodes"][0])
+    expect(f"takeover {found}, not {want}", len(found) == 1 and tuple(map(int, found[0][1:])) == want)
+    restored = after["in"][1] - after["in not restored"][1]
+    expect(f"{kib(traces[1], 'restore')} KiB were restored, not {restored}", kib(traces[1], "restore") == restored > 0)
+    note(f"{restored} KiB restored")
 
 
 def test_debugfs_off(log):
