@@ -58,7 +58,7 @@ export TOP CACHE JOBS SRC TREE OWN KHO_T0
 # The cache has a marker, which lists the names of what was made in it, where
 # they are not always the same, and which is its lock.
 MARKER=$CACHE/.kho-cache
-FIXED=(kernels guest kunit log deb unpack doc foreign series host-target fuzz mutants bench bench-host.json root.path source.path)
+FIXED=(kernels guest kunit log deb unpack systemd doc foreign series host-target fuzz mutants bench bench-host.json root.path source.path)
 
 # is_ours: whether the cache was made here.  One of an older version has no
 # marker.  It names the tree or the root in it, and has nothing else in it.

@@ -315,7 +315,8 @@ def qemu(log, kernel, initramfs, cmdline, share=None, mem="1G", smp=1, nodes=1, 
             "-m", f"{size}M" + (",slots=1,maxmem=8G" if plug else ""), "-smp", f"{smp},sockets={smp}",
             "-chardev", f"{'stdio,mux=on,signal=off,' if keys else 'null,'}id=serial,logfile={log}",
             "-serial", "chardev:serial", *(["-mon", "chardev=serial"] if keys else []),
-            "-kernel", str(image(kernel)), "-initrd", str(initramfs), "-append", f"{base} {cmdline}"]
+            "-kernel", str(image(kernel)), *(["-initrd", str(initramfs)] if initramfs else []),
+            "-append", f"{base} {cmdline}"]
     if share:
         args += ["-fsdev", f"local,id=kho,path={share},security_model=none,multidevs=remap",
                  "-device", "virtio-9p-pci,fsdev=kho,mount_tag=kho"]
