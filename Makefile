@@ -31,7 +31,7 @@ ifneq ($(CACHE),)
 export CACHE
 endif
 
-.PHONY: help prepare kernel run shell vm test test-all fuzz mutants doc
+.PHONY: help prepare kernel run shell vm test test-all matrix fuzz mutants doc
 .PHONY: bench bench-full bench-host install uninstall series clean
 
 help:
@@ -48,9 +48,10 @@ help:
 	@echo 'make test       everything: host tests, KUnit, kexec tests, checks'
 	@echo '                  T="chain or smp"  the kexec tests that this selects, as pytest -k'
 	@echo 'make test-all   the same, and what takes hours: every kind of damage to a handover,'
-	@echo '                two configurations that are not made for the tests, each patch of'
-	@echo '                make series'
+	@echo '                two configurations that are not made for the tests, make matrix,'
+	@echo '                each patch of make series'
 	@echo '                  SEEDS=300    that many with bits flipped at random (default: 5)'
+	@echo 'make matrix     the tests with sanitizers and with PREEMPT_RT, and a table of them'
 	@echo 'make fuzz       give the pure core what libFuzzer makes up, against models'
 	@echo '                  SECS=600 FUZZ=tree|ops|fdt|param|range  seconds for each'
 	@echo 'make mutants    change the pure core in each place: do tests notice? some hours'
@@ -82,13 +83,14 @@ help:
 
 # scripts/kho looks at the variables, takes the cache for itself and makes sure
 # that toolchain and source are there.
-prepare kernel run shell vm fuzz doc bench-host:
+prepare kernel run shell vm matrix fuzz doc bench-host:
 	@scripts/kho $@
 
 # What takes long, each by a command of its own, unless some tests are named.
 test-all: export KHO_ALL = 1
 test-all: test
 	$(if $(T),,@scripts/kho foreign)
+	$(if $(T),,@scripts/kho matrix)
 	$(if $(T),,@scripts/kho series-check)
 
 test:

@@ -14,7 +14,7 @@
  *   retrieve SESSION       take the session back, print what it holds
  *   renew SESSION          the same, then preserve the same files anew
  *   stress ROUNDS          preserve and unpreserve from two tasks at once
- *   load IMAGE INITRD ARGS load the next kernel
+ *   load IMAGE INITRD ARGS load the next kernel; load-crash: the one for a panic
  *   kexec                  start it
  *
  * The manifest has one line per file.  preserve, whole, scatter, donate and renew
@@ -34,6 +34,7 @@
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
+#include <linux/kexec.h>
 #include "luo.h"
 
 #define MAX_FILES	1024
@@ -456,7 +457,9 @@ int main(int argc, char *argv[])
 	else if (!strcmp(cmd, "stress") && argc == 3)
 		return stress(atoi(argv[2]));
 	else if (!strcmp(cmd, "load") && argc == 5)
-		load_kernel(argv[2], argv[3], argv[4]);
+		load_kernel(argv[2], argv[3], argv[4], 0);
+	else if (!strcmp(cmd, "load-crash") && argc == 5)
+		load_kernel(argv[2], argv[3], argv[4], KEXEC_FILE_ON_CRASH);
 	else if (!strcmp(cmd, "kexec") && argc == 2)
 		reboot(RB_KEXEC);
 	else

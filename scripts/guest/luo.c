@@ -60,7 +60,8 @@ void session_finish(int session)
 	close(session);
 }
 
-void load_kernel(const char *image, const char *initrd, const char *args)
+void load_kernel(const char *image, const char *initrd, const char *args,
+		 unsigned long flags)
 {
 	int image_fd = open(image, O_RDONLY);
 	int initrd_fd = open(initrd, O_RDONLY);
@@ -68,7 +69,7 @@ void load_kernel(const char *image, const char *initrd, const char *args)
 	if (image_fd < 0 || initrd_fd < 0)
 		err(1, "%s, %s", image, initrd);
 	if (syscall(SYS_kexec_file_load, image_fd, initrd_fd, strlen(args) + 1,
-		    args, 0UL))
+		    args, flags))
 		err(1, "kexec_file_load");
 	close(image_fd);
 	close(initrd_fd);

@@ -11,6 +11,8 @@ void preserve_fd(int session, int fd, unsigned long token);
 int retrieve_fd(int session, unsigned long token);
 /* Closes the session as well. */
 void session_finish(int session);
-void load_kernel(const char *image, const char *initrd, const char *args);
+/* flags: of kexec_file_load(). */
+void load_kernel(const char *image, const char *initrd, const char *args,
+		 unsigned long flags);
 
 #endif

@@ -269,10 +269,10 @@ class Run:
     def expect(self, kernels, ends_with=None):
         """Fails unless the guest got that far and every kernel's log is clean.
 
-        ends_with: a panic that the last kernel is meant to end with.
+        ends_with: a panic that a kernel is meant to end with.
         """
         for number, text in enumerate(self.kernels, 1):
-            if ends_with and number == kernels:
+            if ends_with:
                 text = text.split(ends_with)[0]
             for line in text.splitlines():
                 if BAD.search(line):
@@ -299,7 +299,7 @@ def qemu(log, kernel, initramfs, cmdline, share=None, mem="1G", smp=1, nodes=1, 
          ram=None, title=None, during=None, machine=None, base=CMDLINE, plug=None, keys=None):
     """Runs a guest to its end and returns its Run.
 
-    nodes: how many there are, or the size of each.
+    nodes: how many there are, or the size of each, which may be 0.
     ram: a file that has the guest's memory.
     plug: memory that the guest can take into use while it runs.
     machine: QEMU and the arguments that choose another machine than the tests'.
@@ -320,7 +320,7 @@ def qemu(log, kernel, initramfs, cmdline, share=None, mem="1G", smp=1, nodes=1, 
     if share:
         args += ["-fsdev", f"local,id=kho,path={share},security_model=none,multidevs=remap",
                  "-device", "virtio-9p-pci,fsdev=kho,mount_tag=kho"]
-    sizes = [size // nodes] * nodes if isinstance(nodes, int) else [megabytes(node) for node in nodes]
+    sizes = [size // nodes] * nodes if isinstance(nodes, int) else [node and megabytes(node) for node in nodes]
     if len(sizes) > 1:
         if ram:
             # QEMU makes a file for one node only.
@@ -331,8 +331,9 @@ def qemu(log, kernel, initramfs, cmdline, share=None, mem="1G", smp=1, nodes=1, 
                 else "memory-backend-ram"
             # More than the host may have, of which little is used.
             backend += ",reserve=off" if its > 8192 else ""
-            args += ["-object", f"{backend},id=mem{node},size={its}M",
-                     "-numa", f"node,nodeid={node},memdev=mem{node}" + (f",cpus={node}" if node < smp else "")]
+            args += ["-object", f"{backend},id=mem{node},size={its}M"] if its else []
+            args += ["-numa", f"node,nodeid={node}" + (f",memdev=mem{node}" if its else "")
+                     + (f",cpus={node}" if node < smp else "")]
     elif ram:
         args += ["-object", f"memory-backend-file,id=ram,size={size}M,mem-path={ram},share=on",
                  "-machine", "memory-backend=ram"]

@@ -342,7 +342,7 @@ static void load_next(void)
 	report("step loading the next kernel");
 	snprintf(args + len, sizeof(args) - len, " kho_stage=%lu", stage + 1);
 	snprintf(image, sizeof(image), "/mnt/kernel.%lu", stage + 1);
-	load_kernel(image, "/mnt/initrd", args);
+	load_kernel(image, "/mnt/initrd", args, 0);
 }
 
 static void preserve_memory(void)
