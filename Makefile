@@ -18,6 +18,7 @@ WORKLOADS ?=
 T ?=
 SEEDS ?=
 HOPS ?=
+SEED ?=
 KERNELS ?=
 VM_MEM ?=
 BREAK ?=
@@ -26,12 +27,12 @@ SECS ?=
 FUZZ ?=
 ARGS ?=
 export KDIR CONFIG LLVM ARCH MEM FILES OUT TARBALL SHA256 ARCHS COMPILERS CONFIGS WORKLOADS T
-export SEEDS HOPS KERNELS VM_MEM BREAK SIGNOFF SECS FUZZ
+export SEEDS HOPS SEED KERNELS VM_MEM BREAK SIGNOFF SECS FUZZ
 ifneq ($(CACHE),)
 export CACHE
 endif
 
-.PHONY: help prepare kernel run shell vm test test-all matrix fuzz mutants doc
+.PHONY: help prepare kernel run shell vm soak test test-all matrix fuzz mutants doc
 .PHONY: bench bench-full bench-host install uninstall series clean
 
 help:
@@ -52,6 +53,10 @@ help:
 	@echo '                each patch of make series'
 	@echo '                  SEEDS=300    that many with bits flipped at random (default: 5)'
 	@echo 'make matrix     the tests with sanitizers and with PREEMPT_RT, and a table of them'
+	@echo 'make soak       a long chain of kexecs with files that change, each byte verified'
+	@echo '                  HOPS=100 KERNELS="rust c"  that many, from one kernel to the other'
+	@echo '                  SEED=1       chooses all that is random (default: a new one)'
+	@echo '                  BREAK=byte|leak  something goes wrong, and it has to fail'
 	@echo 'make fuzz       give the pure core what libFuzzer makes up, against models'
 	@echo '                  SECS=600 FUZZ=tree|ops|fdt|param|range  seconds for each'
 	@echo 'make mutants    change the pure core in each place: do tests notice? some hours'
@@ -83,7 +88,7 @@ help:
 
 # scripts/kho looks at the variables, takes the cache for itself and makes sure
 # that toolchain and source are there.
-prepare kernel run shell vm matrix fuzz doc bench-host:
+prepare kernel run shell vm soak matrix fuzz doc bench-host:
 	@scripts/kho $@
 
 # What takes long, each by a command of its own, unless some tests are named.

@@ -14,11 +14,12 @@
  *   retrieve SESSION       take the session back, print what it holds
  *   renew SESSION          the same, then preserve the same files anew
  *   stress ROUNDS          preserve and unpreserve from two tasks at once
+ *   soak SEED HOP          one hop of a long chain, see soak.c
  *   load IMAGE INITRD ARGS load the next kernel; load-crash: the one for a panic
  *   kexec                  start it
  *
- * The manifest has one line per file.  preserve, whole, scatter, donate and renew
- * leave a process behind that holds the session open, for closing it gives it up.
+ * The manifest has one line per file.  preserve, whole, scatter, donate, renew and soak
+ * leave a process behind that holds sessions open, for closing them gives them up.
  */
 #define _GNU_SOURCE
 #include <err.h>
@@ -456,7 +457,10 @@ int main(int argc, char *argv[])
 		retrieve(argv[2], 1);
 	else if (!strcmp(cmd, "stress") && argc == 3)
 		return stress(atoi(argv[2]));
-	else if (!strcmp(cmd, "load") && argc == 5)
+	else if (!strcmp(cmd, "soak") && argc == 4) {
+		soak(strtoul(argv[2], NULL, 0), atol(argv[3]), stress);
+		hold();
+	} else if (!strcmp(cmd, "load") && argc == 5)
 		load_kernel(argv[2], argv[3], argv[4], 0);
 	else if (!strcmp(cmd, "load-crash") && argc == 5)
 		load_kernel(argv[2], argv[3], argv[4], KEXEC_FILE_ON_CRASH);

@@ -14,5 +14,7 @@ void session_finish(int session);
 /* flags: of kexec_file_load(). */
 void load_kernel(const char *image, const char *initrd, const char *args,
 		 unsigned long flags);
+/* soak.c; churn: what lets sessions come and go, returns 0 if all went well. */
+void soak(unsigned long seed, long hop, int (*churn)(int rounds));
 
 #endif

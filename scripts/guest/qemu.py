@@ -128,7 +128,7 @@ def compiled(name, *sources, flags, arch):
 
 
 def kho_guest():
-    return program("kho-guest", GUEST / "kho-guest.c", GUEST / "luo.c")
+    return program("kho-guest", *(GUEST / name for name in ("kho-guest.c", "luo.c", "soak.c")))
 
 
 def inspector():

@@ -16,7 +16,7 @@ import subprocess
 import libfdt
 import pytest
 
-from . import bench, qemu as g, vm as machine
+from . import bench, qemu as g, soak, vm as machine
 from .damage import AREAS, Handover, Ram, fdt_nodes as nodes_of
 from .qemu import Fail, Guest, spoilt
 
@@ -1062,6 +1062,11 @@ def test_vm(log, note, kernels, broken):
     """A virtual machine goes on and finds all of its memory"""
     hops = machine.through(log, [(kernel.lower(), g.image(kernel)) for kernel in kernels], broken=broken)
     note(" ".join(f"{at[machine.END] - at['stop']:.0f} ms" for at in hops))
+
+
+def test_soak(log, note):
+    """R -> C -> R -> C -> R -> C, files that change in each, every byte verified, nothing leaked"""
+    note("; ".join(soak.through(log, [("rust", g.image(R)), ("c", g.image(C))], 5, random.getrandbits(32))))
 
 
 def meddle(guest, damage, then, first=PRESERVE, mem="512M", args="", again="", timeout=120, **options):
