@@ -15,6 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -173,6 +174,8 @@ static pid_t press(void)
 	if (pipe(ready) || (child = fork()) < 0)
 		err(1, "memory pressure");
 	if (!child) {
+		/* If a byte differs, that is the end of the hop, and the output. */
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
 		mem = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 		if (mem == MAP_FAILED)
 			err(1, "%ld bytes", size);

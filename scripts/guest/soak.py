@@ -92,10 +92,10 @@ def through(log, kernels, hops, seed, broken="", show=False):
             # The C implementation has no summary.
             if None in values:
                 continue
-            said.append(f"{values[0]} to {values[-1]} ({names[start - 1]})")
+            said.append(f"{values[0]} and {values[-1]} ({names[start - 1]})")
             if max(values) - min(values) > bound:
                 raise Fail(f"{what} must not differ by more than {bound}: {values}")
-        lines.append(f"{what}, in every {period}th kernel: {', '.join(said)}")
+        lines.append(f"{what}, in the first and the last of a kind: {', '.join(said)}")
     return lines
 
 
