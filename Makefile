@@ -33,7 +33,7 @@ export CACHE
 endif
 
 .PHONY: help prepare kernel run shell vm soak test test-all matrix fuzz mutants doc
-.PHONY: bench bench-full bench-host install uninstall series clean
+.PHONY: bench bench-full bench-host bench-vm install uninstall series clean
 
 help:
 	@echo 'make run        build a kernel and hand real data over to it by kexec'
@@ -69,6 +69,8 @@ help:
 	@echo '                  OUT=<dir>    where the results go'
 	@echo 'make bench-full the same with every one of these words: some hours'
 	@echo 'make bench-host measure the tree natively: nanoseconds, and scaling with threads'
+	@echo 'make bench-vm   measure how long a virtual machine stands still, C and Rust: a table,'
+	@echo '                JSON, a drawing; a quarter of an hour, or half an hour at first'
 	@echo 'make kernel     build the kernel only'
 	@echo 'make install    put the implementation into the tree KDIR'
 	@echo 'make uninstall  take it out of KDIR again'
@@ -106,6 +108,9 @@ mutants:
 
 bench:
 	@scripts/kho bench $(if $(OUT),--out "$$OUT")
+
+bench-vm:
+	@scripts/kho bench-vm $(if $(OUT),--out "$$OUT")
 
 bench-full: export ARCHS = x86_64 arm64
 bench-full: export COMPILERS = gcc llvm

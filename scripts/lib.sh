@@ -42,10 +42,10 @@ fi
 # of what is made with that.
 OWN=
 case ${CONFIG:-debug} in
-debug | production | plain | sanitize | rt) ;;
+debug | production | kvm | plain | sanitize | rt) ;;
 *)
 	[ -f "$CONFIG" ] && [ -r "$CONFIG" ] && grep -q '^CONFIG_64BIT=y' "$CONFIG" ||
-		die "CONFIG=$CONFIG is no .config of a 64-bit kernel, nor debug, production, plain, sanitize or rt"
+		die "CONFIG=$CONFIG is no .config of a 64-bit kernel, nor debug, production, kvm, plain, sanitize or rt"
 	CONFIG=$(realpath -- "$CONFIG")
 	OWN=-own$(printf %s "$CONFIG" | sha256sum | cut -c1-8)
 	export CONFIG

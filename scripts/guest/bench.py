@@ -564,14 +564,19 @@ SIZES = {"0": "4 KiB", "2": "16 KiB", "9": "2 MiB", "mixed": "mixed orders"}
 MARKERS = {"0": "o", "2": "s", "9": "D", "mixed": "^"}
 
 
-def main_plot(out):
-    # Only where it is needed: the table can be had without.
+def drawing():
+    """What draws; only where it is needed, as the table can be had without."""
     import matplotlib
     matplotlib.use("Agg")
     # The same figures give the same files.
     matplotlib.rcParams.update({"svg.hashsalt": "kho", "svg.fonttype": "none", "axes.grid": True, "grid.alpha": 0.3,
                                 "axes.axisbelow": True, "figure.constrained_layout.use": True})
     from matplotlib import pyplot
+    return pyplot
+
+
+def main_plot(out):
+    pyplot = drawing()
     results = Results(out)
     for variant in results.variants:
         if figure := draw_takeover(pyplot, results, variant):

@@ -63,6 +63,7 @@ KERNELS = {
     "KUNIT": ("kunit", {}),
     "PLAIN": ("rust", {"LLVM": "1", "CONFIG": "plain"}),
     "ARM64": ("rust", {"ARCH": "arm64", "BENCH": "1"}),
+    "KVM": ("rust", {"CONFIG": "kvm"}),
 }
 
 

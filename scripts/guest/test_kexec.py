@@ -16,7 +16,7 @@ import subprocess
 import libfdt
 import pytest
 
-from . import bench, qemu as g, soak, vm as machine
+from . import bench, kvm, qemu as g, soak, vm as machine
 from .damage import AREAS, Handover, Ram, fdt_nodes as nodes_of
 from .qemu import Fail, Guest, spoilt
 
@@ -1062,6 +1062,13 @@ def test_vm(log, note, kernels, broken):
     """A virtual machine goes on and finds all of its memory"""
     hops = machine.through(log, [(kernel.lower(), g.image(kernel)) for kernel in kernels], broken=broken)
     note(" ".join(f"{at[machine.END] - at['stop']:.0f} ms" for at in hops))
+
+
+@pytest.mark.long
+def test_kvm_vm(log):
+    """The same on /dev/kvm, where a small program of our own is the first process of the host"""
+    image = g.image("KVM")
+    kvm.hop(log, [image, image], "64M", machine=[*kvm.MACHINE, "-accel", "tcg"])
 
 
 def test_soak(log, note):
