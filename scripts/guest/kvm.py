@@ -11,6 +11,7 @@ QEMU's emulated processor gives it.  One instruction takes a nanosecond, as in g
 """
 import concurrent.futures
 import datetime
+import functools
 import itertools
 import os
 import re
@@ -82,6 +83,7 @@ def init_of(run, number):
     return round(float(since) * 1e9), int(ticks)
 
 
+@functools.cache
 def cold(log, kernel, size):
     """How long a kernel takes to init if it takes nothing over, in ns."""
     return init_of(boot(log, [kernel], size, "", COUNTING), 1)[0]
@@ -113,7 +115,7 @@ def one(impl, kernel, size, folios):
     name = f"vm-{impl}-{size}-{folios}"
     try:
         at, took = hop(g.CACHE / f"log/bench/{name}.log", [kernel, kernel], size, folios)
-        alone = cold(g.CACHE / f"log/bench/{name}-cold.log", kernel, size)
+        alone = cold(g.CACHE / f"log/bench/vm-{impl}-{size}-cold.log", kernel, size)
     except Fail as fail:
         raise Fail(f"{name}: {fail}; log at {g.CACHE}/log/bench/{name}.log") from None
     order = [at[moment] for moment, _ in PHASES] + [at[END]]

@@ -122,23 +122,17 @@ pub fn load(memory: &File, size: u64, elf: &[u8]) -> Result<u64> {
             memory.write_all_at(bytes(offset, len)?, address)?;
         }
     }
-    // A magic number, a version, where the one entry of the memory map is, and that.
-    let map = START_INFO + 64;
+    // A magic number and a version; where the memory map is, and its one entry, which is RAM.
     let info = [
-        0x1_336e_c578,
-        0,
-        0,
-        0,
-        0,
-        map,
-        1,
-        0,
-        KERNEL,
-        size - KERNEL,
-        1,
+        (0, 0x1_336e_c578),
+        (40, START_INFO + 64),
+        (48, 1),
+        (64, KERNEL),
+        (72, size - KERNEL),
+        (80, 1),
     ];
-    for (index, word) in info.into_iter().enumerate() {
-        memory.write_all_at(&u64::to_le_bytes(word), START_INFO + 8 * index as u64)?;
+    for (at, word) in info {
+        memory.write_all_at(&u64::to_le_bytes(word), START_INFO + at)?;
     }
     word(0x18)
 }
