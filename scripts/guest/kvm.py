@@ -163,7 +163,7 @@ def main_table(out):
     columns = [dict(rows(record)) for record in records]
     headings = [f"{record['vm']} {record['folios']} {bench.LABELS[record['impl']]}" for record in records]
     print()
-    bench.rst_table(["Work, in ms", *headings],
+    bench.rst_table(["Work in ms", *headings],
                     [[what, *(f"{column[what]:,.2f}" for column in columns)] for what in columns[0]])
 
 
