@@ -49,8 +49,8 @@ help:
 	@echo 'make test       everything: host tests, KUnit, kexec tests, checks'
 	@echo '                  T="chain or smp"  the kexec tests that this selects, as pytest -k'
 	@echo 'make test-all   the same, and what takes hours: every kind of damage to a handover,'
-	@echo '                two configurations that are not made for the tests, make matrix,'
-	@echo '                each patch of make series'
+	@echo '                two configurations that are not made for the tests, each patch of'
+	@echo '                make series'
 	@echo '                  SEEDS=300    that many with bits flipped at random (default: 5)'
 	@echo 'make matrix     the tests with sanitizers and with PREEMPT_RT, and a table of them'
 	@echo 'make soak       a long chain of kexecs with files that change, each byte verified'
@@ -97,7 +97,6 @@ prepare kernel run shell vm soak matrix fuzz doc bench-host:
 test-all: export KHO_ALL = 1
 test-all: test
 	$(if $(T),,@scripts/kho foreign)
-	$(if $(T),,@scripts/kho matrix)
 	$(if $(T),,@scripts/kho series-check)
 
 test:

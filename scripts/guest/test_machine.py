@@ -47,15 +47,14 @@ LONG = {
     "page-poison": ({"args": "page_poison=1 init_on_alloc=1 init_on_free=1"},
                     "mem auto-init: CONFIG_PAGE_POISONING is on"),
     "slub-debug": ({"args": "slab_debug=FZPU", "more": REDZONE}, "red_zone is 1"),
-    "kfence": ({"args": "kfence.sample_interval=1"}, "kfence: initialized"),
     "memmap": ({"args": "memmap=64M$0x10000000"}, r"user: \[mem 0x0*10000000-0x0*13ffffff\] .*reserved"),
     "mem": ({"args": "mem=700M"}, r"Memory: \d+K/71[0-9]{4}K available"),
     "nokaslr": ({"args": "nokaslr", "more": TEXT}, "the kernel is at ffffffff81000000"),
-    "shuffle": ({"args": "page_alloc.shuffle=1 page_owner=on", "smp": 2}, "page_owner is "),
 }
 # Only where it is configured: see scripts/matrix.
 RARE = {
     "memtest": ({"args": "memtest=1"}, "early_memtest: # of tests: 1"),
+    "kfence": ({"args": "kfence.sample_interval=1"}, "kfence: initialized"),
 }
 
 
@@ -90,11 +89,12 @@ def test_hugetlb_cma(log, note):
     note(done.expect_line(2, "hugetlb_cma: res.*failed|cma: Failed to reserve"))
 
 
+@pytest.mark.long
 def test_kdump(log, note):
     """R -> R -> crash kernel: the dump of the second kernel has what waits to be retrieved, and the tree"""
     size = 3_000_001
     with make(log, size=size) as guest:
-        done = guest.run("kho=on liveupdate=on crashkernel=160M", [
+        done = guest.run("kho=on liveupdate=on crashkernel=128M", [
             WHOLE + "next_kernel next", """
             report step crashing
             check kho-guest load-crash /mnt/next /mnt/initrd "$(cat /mnt/cmdline) kho_stage=3"
@@ -103,7 +103,7 @@ def test_kdump(log, note):
             """, """
             report step saving the dump
             cat /proc/vmcore >/mnt/vmcore || fail vmcore
-            """], mem="640M", timeout=300)
+            """], mem="768M", timeout=300)
         done.expect(3, ends_with="Kernel panic - not syncing: Attempted to kill init!")
         dump = (guest.share / "vmcore").read_bytes()
         content = b"".join(memory_of(dump, pfn << 12) for pfn in frames(guest))
