@@ -231,15 +231,12 @@ static void retrieve(long last)
 	       taken, bytes, sessions, discarded);
 }
 
-/* Changes the files as a hop does; returns how many pages they have. */
-static long change(long hop)
+/* Changes the files as a hop does. */
+static void change(long hop)
 {
-	long pages = 0;
-
 	for (int i = 0; i < FILES; i++) {
 		struct file *it = &files[i];
 		int was = it->version != 0;
-		struct stat st;
 
 		if (was && fate(hop, i) == RELEASE)
 			close(it->fd);
@@ -250,9 +247,19 @@ static long change(long hop)
 				err(1, "file %d", i);
 			content(it->fd, i, it->version, it->size, 1);
 		}
-		if (it->version && fstat(it->fd, &st))
+	}
+}
+
+/* How many pages the files have. */
+static long count_pages(void)
+{
+	long pages = 0;
+	struct stat st;
+
+	for (int i = 0; i < FILES; i++) {
+		if (files[i].version && fstat(files[i].fd, &st))
 			err(1, "file %d", i);
-		pages += it->version ? st.st_blocks * 512 / PAGE : 0;
+		pages += files[i].version ? st.st_blocks * 512 / PAGE : 0;
 	}
 	return pages;
 }
@@ -319,13 +326,15 @@ void soak(unsigned long its_seed, long hop, int (*churn)(int rounds))
 	if (hop > 1)
 		retrieve(hop - 1);
 	choose_orders(hop);
-	held = change(hop);
+	change(hop);
 	kill(pressure, SIGKILL);
 	waitpid(pressure, NULL, 0);
 	if (getenv("kho_leak"))
 		leak(hop);
 	sync();
+	/* What huge pages have behind the end of a file may go with the caches. */
 	put("/proc/sys/vm/drop_caches", "3");
+	held = count_pages();
 	printf("soak pages %ld in all, %ld free or in files\n",
 	       sum("/proc/meminfo", "MemTotal:") / (PAGE >> 10),
 	       sum("/proc/zoneinfo", "nr_free_pages") + sum("/proc/zoneinfo", "count:") + held);
