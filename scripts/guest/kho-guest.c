@@ -15,11 +15,13 @@
  *   renew SESSION          the same, then preserve the same files anew
  *   stress ROUNDS          preserve and unpreserve from two tasks at once
  *   soak SEED HOP          one hop of a long chain, see soak.c
+ *   fail-before IMAGE INITRD ARGS, fail-after
+ *                          allocations that fail, see fail.c
  *   load IMAGE INITRD ARGS load the next kernel; load-crash: the one for a panic
  *   kexec                  start it
  *
- * The manifest has one line per file.  preserve, whole, scatter, donate, renew and soak
- * leave a process behind that holds sessions open, for closing them gives them up.
+ * The manifest has one line per file.  preserve, whole, scatter, donate, renew, soak and
+ * fail-before leave a process behind that holds sessions open, for closing them gives them up.
  */
 #define _GNU_SOURCE
 #include <err.h>
@@ -460,7 +462,12 @@ int main(int argc, char *argv[])
 	else if (!strcmp(cmd, "soak") && argc == 4) {
 		soak(strtoul(argv[2], NULL, 0), atol(argv[3]), stress);
 		hold();
-	} else if (!strcmp(cmd, "load") && argc == 5)
+	} else if (!strcmp(cmd, "fail-before") && argc == 5) {
+		fail_before(argv[2], argv[3], argv[4]);
+		hold();
+	} else if (!strcmp(cmd, "fail-after") && argc == 2)
+		fail_after();
+	else if (!strcmp(cmd, "load") && argc == 5)
 		load_kernel(argv[2], argv[3], argv[4], 0);
 	else if (!strcmp(cmd, "load-crash") && argc == 5)
 		load_kernel(argv[2], argv[3], argv[4], KEXEC_FILE_ON_CRASH);

@@ -14,7 +14,15 @@ void session_finish(int session);
 /* flags: of kexec_file_load(). */
 void load_kernel(const char *image, const char *initrd, const char *args,
 		 unsigned long flags);
-/* soak.c; churn: what lets sessions come and go, returns 0 if all went well. */
+/* fail.c; the arguments are those of load_kernel(). */
+void fail_before(const char *image, const char *initrd, const char *args);
+void fail_after(void);
+/* soak.c: writes what this version of a file has, or compares it. */
+void content(int fd, int file, long version, long size, int write);
+/* The sum of the numbers that follow a word in a file. */
+long sum(const char *name, const char *word);
+void put(const char *name, const char *text);
+/* churn: what lets sessions come and go, returns 0 if all went well. */
 void soak(unsigned long seed, long hop, int (*churn)(int rounds));
 
 #endif

@@ -102,8 +102,7 @@ static void fill(int file, long version, long page, unsigned long *to)
 		to[i] = x = x * 6364136223846793005 + 1442695040888963407;
 }
 
-/* Writes what this version of a file has, or compares it. */
-static void content(int fd, int file, long version, long size, int write)
+void content(int fd, int file, long version, long size, int write)
 {
 	for (long at = 0; at < size; at += sizeof(words)) {
 		long len = size - at < (long)sizeof(words) ? size - at : (long)sizeof(words);
@@ -123,8 +122,7 @@ static void content(int fd, int file, long version, long size, int write)
 	}
 }
 
-/* The sum of the numbers that follow a word. */
-static long sum(const char *name, const char *word)
+long sum(const char *name, const char *word)
 {
 	FILE *file = fopen(name, "r");
 	char text[64];
@@ -139,7 +137,7 @@ static long sum(const char *name, const char *word)
 	return all;
 }
 
-static void put(const char *name, const char *text)
+void put(const char *name, const char *text)
 {
 	int fd = open(name, O_WRONLY);
 

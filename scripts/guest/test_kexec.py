@@ -1076,6 +1076,42 @@ def test_soak(log, note):
     note("; ".join(soak.through(log, [("rust", g.image(R)), ("c", g.image(C))], 5, random.getrandbits(32))))
 
 
+# Pages that caches and the like may take, or lose.
+SLACK = 512
+FAIL_BEFORE = """
+report step failing allocations
+check kho-guest fail-before /mnt/next /mnt/initrd "$(cat /mnt/cmdline)"
+"""
+FAIL_AFTER = """
+save before /sys/kernel/debug/kho/summary
+report step failing allocations
+check kho-guest fail-after
+save after /sys/kernel/debug/kho/summary
+"""
+
+
+def test_fail_nth(log, note):
+    """R -> R -> R, each allocation of the calls that preserve and restore fails once"""
+    with make(log) as guest:
+        done = guest.run("kho=on liveupdate=on", [
+            FAIL_BEFORE + PRESERVE + "next_kernel next", FAIL_AFTER + RENEW + "next_kernel next", RETRIEVE], smp=2,
+            timeout=600)
+        # What a call says about it, and LUO's own table of files that has no room.
+        done.expect(3, but=r"Call Trace:|WARNING: .*luo_retrieve_file")
+        guest.expect_files(done, 1, 2, 3)
+        left = [soak.figure(done, 2, when, "in not restored: .*, ") for when in ("before", "after")]
+    lines = done.reported(1, "fail") + done.reported(2, "fail")
+    odd = [line for line in lines if line.startswith("odd")]
+    expect(f"other errors: {odd}", not odd)
+    for stage in 1, 2:
+        (was, nodes), (now, nodes_now) = (map(int, re.findall(r"\d+", line)) for line in done.reported(stage, "fail pages"))
+        if stage == 2:
+            was, now = was + left[0] // 4, now + left[1] // 4
+        expect(f"kernel {stage}: {was} pages became {now}, {nodes} nodes {nodes_now}",
+               abs(was - now) <= SLACK and nodes == nodes_now)
+    note("; ".join([*(line for line in lines if "pages" not in line), f"{left[1]} KiB not restored"]))
+
+
 def meddle(guest, damage, then, first=PRESERVE, mem="512M", args="", again="", timeout=120, **options):
     """A kexec, with damage(handover) done when all is ready for it.
 
