@@ -66,7 +66,8 @@ static void set_up(void)
 {
 	static const char * const knobs[] = {
 		"failslab/ignore-gfp-wait", "failslab/verbose", "fail_page_alloc/ignore-gfp-wait",
-		"fail_page_alloc/ignore-gfp-highmem", "fail_page_alloc/min-order", "fail_page_alloc/verbose",
+		"fail_page_alloc/ignore-gfp-highmem", "fail_page_alloc/min-order",
+		"fail_page_alloc/verbose",
 	};
 	char name[96];
 
@@ -196,7 +197,8 @@ static int copy(const char *path)
 	int from = open(path, O_RDONLY), to = memfd_create("copy", 0);
 	struct stat st;
 
-	if (from < 0 || to < 0 || fstat(from, &st) || sendfile(to, from, NULL, st.st_size) != st.st_size)
+	if (from < 0 || to < 0 || fstat(from, &st) ||
+	    sendfile(to, from, NULL, st.st_size) != st.st_size)
 		err(1, "%s", path);
 	close(from);
 	return to;
@@ -229,6 +231,7 @@ void fail_before(const char *its_image, const char *its_initrd, const char *its_
 		preserve_fd(open_session(LIVEUPDATE_IOCTL_CREATE_SESSION, name), new_file(i), 0);
 	}
 	close(luo);
+	hold();
 }
 
 /* The n-th call has its n-th allocation fail, until one has no so many; then none. */
@@ -258,7 +261,8 @@ void fail_after(void)
 		err(1, "retrieve session");
 	printf("fail retrieve session: %d allocations failed, each time the call did\n", failed);
 	failed = 0;
-	nth = fired = 1;
+	nth = 1;
+	fired = 1;
 	for (int i = 0; i < SPARE; i++) {
 		struct liveupdate_session_retrieve_fd arg = { .size = sizeof(arg), .token = i };
 		int result;
@@ -284,7 +288,8 @@ void fail_after(void)
 	while (count)
 		close(fds[--count]);
 	worked = 0;
-	nth = fired = 1;
+	nth = 1;
+	fired = 1;
 	for (int i = 0; i < FINISHES; i++) {
 		snprintf(name, sizeof(name), "finish-%d", i);
 		session = open_session(LIVEUPDATE_IOCTL_RETRIEVE_SESSION, name);

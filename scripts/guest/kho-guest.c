@@ -137,8 +137,7 @@ static int count_files(int manifest)
 	return count;
 }
 
-/* Leaves a copy of this process that keeps its files open. */
-static void hold(void)
+void hold(void)
 {
 	fflush(stdout);
 	if (fork())
@@ -459,13 +458,11 @@ int main(int argc, char *argv[])
 		retrieve(argv[2], 1);
 	else if (!strcmp(cmd, "stress") && argc == 3)
 		return stress(atoi(argv[2]));
-	else if (!strcmp(cmd, "soak") && argc == 4) {
-		soak(strtoul(argv[2], NULL, 0), atol(argv[3]), stress);
-		hold();
-	} else if (!strcmp(cmd, "fail-before") && argc == 5) {
+	else if (!strcmp(cmd, "soak") && argc == 4)
+		soak_hop(strtoul(argv[2], NULL, 0), atol(argv[3]), stress);
+	else if (!strcmp(cmd, "fail-before") && argc == 5)
 		fail_before(argv[2], argv[3], argv[4]);
-		hold();
-	} else if (!strcmp(cmd, "fail-after") && argc == 2)
+	else if (!strcmp(cmd, "fail-after") && argc == 2)
 		fail_after();
 	else if (!strcmp(cmd, "load") && argc == 5)
 		load_kernel(argv[2], argv[3], argv[4], 0);

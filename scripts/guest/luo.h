@@ -9,6 +9,8 @@ int session_open(unsigned long request, const char *name);
 int try_preserve_fd(int session, int fd, unsigned long token);
 void preserve_fd(int session, int fd, unsigned long token);
 int retrieve_fd(int session, unsigned long token);
+/* Leaves a copy of this process that keeps its files open. */
+void hold(void);
 /* Closes the session as well. */
 void session_finish(int session);
 /* flags: of kexec_file_load(). */
@@ -23,6 +25,6 @@ void content(int fd, int file, long version, long size, int write);
 long sum(const char *name, const char *word);
 void put(const char *name, const char *text);
 /* churn: what lets sessions come and go, returns 0 if all went well. */
-void soak(unsigned long seed, long hop, int (*churn)(int rounds));
+void soak_hop(unsigned long seed, long hop, int (*churn)(int rounds));
 
 #endif

@@ -98,8 +98,10 @@ static void fill(int file, long version, long page, unsigned long *to)
 {
 	unsigned long x = choose(file, version, page);
 
-	for (size_t i = 0; i < PAGE / sizeof(*to); i++)
-		to[i] = x = x * 6364136223846793005 + 1442695040888963407;
+	for (size_t i = 0; i < PAGE / sizeof(*to); i++) {
+		x = x * 6364136223846793005 + 1442695040888963407;
+		to[i] = x;
+	}
 }
 
 void content(int fd, int file, long version, long size, int write)
@@ -169,7 +171,10 @@ static pid_t press(void)
 	pid_t child;
 	char *mem;
 
-	if (pipe(ready) || (child = fork()) < 0)
+	if (pipe(ready))
+		err(1, "memory pressure");
+	child = fork();
+	if (child < 0)
 		err(1, "memory pressure");
 	if (!child) {
 		/* If a byte differs, that is the end of the hop, and the output. */
@@ -215,7 +220,8 @@ static void retrieve(long last)
 			}
 			it->fd = retrieve_fd(session, i);
 			if (fstat(it->fd, &st) || st.st_size != it->size)
-				errx(1, "file %d has %ld bytes, not %ld", i, (long)st.st_size, it->size);
+				errx(1, "file %d has %ld bytes, not %ld",
+				     i, (long)st.st_size, it->size);
 			if (getenv("kho_break") && it->size &&
 			    pwrite(it->fd, "", 1, it->size / 2) != 1)
 				err(1, "break");
@@ -311,7 +317,7 @@ static void leak(long hop)
 	preserve_fd(session_open(LIVEUPDATE_IOCTL_CREATE_SESSION, "leak"), fd, 0);
 }
 
-void soak(unsigned long its_seed, long hop, int (*churn)(int rounds))
+void soak_hop(unsigned long its_seed, long hop, int (*churn)(int rounds))
 {
 	pid_t pressure;
 	long held, cpus = sysconf(_SC_NPROCESSORS_ONLN);
@@ -338,4 +344,5 @@ void soak(unsigned long its_seed, long hop, int (*churn)(int rounds))
 	       sum("/proc/zoneinfo", "nr_free_pages") + sum("/proc/zoneinfo", "count:") + held);
 	preserve(hop, churn);
 	printf("soak preserved %ld pages from %ld processors\n", held, cpus);
+	hold();
 }
