@@ -131,9 +131,16 @@ fn is_usable_by(machine: &dyn Machine, known: &mut Frames, frames: Frames) -> bo
 /// Returns whether any key from `first` to `last` names a block below frame `ram_end`.
 #[link_section = ".init.text"]
 pub(crate) fn reaches_ram(first: u64, last: u64, ram_end: u64) -> bool {
-    Order::all()
-        .map_while(|order| Frames::between(0, ram_end & !order.mask()).keys(order))
-        .any(|(lowest, highest)| first <= highest.get() && lowest.get() <= last)
+    for order in Order::all() {
+        let Some((lowest, highest)) = Frames::between(0, ram_end & !order.mask()).keys(order)
+        else {
+            break;
+        };
+        if first <= highest.get() && lowest.get() <= last {
+            return true;
+        }
+    }
+    false
 }
 
 /// What [`check_tree`] has found.

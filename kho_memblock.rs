@@ -118,8 +118,11 @@ impl Memblock {
     /// Returns how many frames of memory there are.
     #[link_section = ".init.text"]
     pub(crate) fn total_frames(self) -> u64 {
-        self.memory()
-            .fold(0, |total, frames| frames.count().saturating_add(total))
+        let mut total = 0u64;
+        for frames in self.memory() {
+            total = total.saturating_add(frames.count());
+        }
+        total
     }
 
     /// Returns whether all of `frames` is memory in the direct map, in however many regions.
@@ -439,10 +442,12 @@ impl Machine for Memblock {
     #[link_section = ".init.text"]
     fn ram(&self, pfn: u64) -> Option<Frames> {
         let from = pfn.checked_mul(1 << PAGE_SHIFT)?;
-        let regions = after(self.memory_regions(), from).iter();
-        regions
-            .filter(|region| is_mapped(region))
-            .map(|region| inside(region.base.max(from), end_of(region)))
-            .find(|ram| !ram.is_empty())
+        for region in after(self.memory_regions(), from) {
+            let ram = inside(region.base.max(from), end_of(region));
+            if is_mapped(region) && !ram.is_empty() {
+                return Some(ram);
+            }
+        }
+        None
     }
 }

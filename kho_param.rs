@@ -116,36 +116,47 @@ struct Parameters<'a>(&'a [u8]);
 impl<'a> Iterator for Parameters<'a> {
     type Item = &'a [u8];
 
+    #[link_section = ".init.text"]
     fn next(&mut self) -> Option<&'a [u8]> {
         let mut rest = self.0;
-        while let [b' ' | b'\t' | b'\n' | 0x0b..=b'\r' | 0xa0, tail @ ..] = rest {
+        while let [byte, tail @ ..] = rest {
+            if !is_space(*byte) {
+                break;
+            }
             rest = tail;
         }
-        let mut quoted = false;
-        let end = rest.iter().position(|byte| {
+        let (mut quoted, mut end) = (false, 0usize);
+        for byte in rest {
             quoted ^= *byte == b'"';
-            !quoted && matches!(byte, b' ' | b'\t' | b'\n' | 0x0b..=b'\r' | 0xa0)
-        });
-        let (parameter, rest) = match end {
-            Some(end) => rest.split_at_checked(end)?,
-            None => (rest, &[][..]),
-        };
+            if !quoted && is_space(*byte) {
+                break;
+            }
+            end = end.saturating_add(1);
+        }
+        let (parameter, rest) = rest.split_at_checked(end)?;
         self.0 = rest;
         // What follows is for init.
         (!parameter.is_empty() && parameter != b"--").then_some(parameter)
     }
 }
 
+/// As the kernel's isspace().
+fn is_space(byte: u8) -> bool {
+    matches!(byte, b' ' | b'\t' | b'\n' | 0x0b..=b'\r' | 0xa0)
+}
+
 /// Returns the name of the region that a parameter has asked for, if it is `reserve_mem=`.
+#[link_section = ".init.text"]
 fn region_name(parameter: &[u8]) -> Option<&[u8]> {
     const NAME: &[u8] = b"reserve_mem=";
     // All of it may be in quotes, or its value.
     let parameter = unquoted(parameter);
     let (name, value) = parameter.split_at_checked(NAME.len())?;
-    // The kernel does not tell a dash from an underscore in names.
-    let same = |(a, b): (&u8, &u8)| a == b || (*a == b'-' && *b == b'_');
-    if !name.iter().zip(NAME).all(same) {
-        return None;
+    for (byte, expected) in name.iter().zip(NAME) {
+        // The kernel does not tell a dash from an underscore in names.
+        if byte != expected && !(*byte == b'-' && *expected == b'_') {
+            return None;
+        }
     }
     // SIZE:ALIGN:NAME
     let mut parts = unquoted(value).splitn(3, |byte| *byte == b':');
@@ -161,22 +172,48 @@ fn unquoted(text: &[u8]) -> &[u8] {
     }
 }
 
-/// Returns the names of the regions that `reserve_mem=` has asked for on a command line, each
-/// once. Whether they are there is another matter.
-pub(crate) fn reserve_mem_names(line: &[u8]) -> impl Iterator<Item = &[u8]> {
-    let mut rest = Parameters(line);
-    core::iter::from_fn(move || loop {
-        let seen = line.get(..line.len().saturating_sub(rest.0.len()))?;
-        let Some(name) = region_name(rest.next()?) else {
-            continue;
-        };
-        if !Parameters(seen)
-            .filter_map(region_name)
-            .any(|it| it == name)
-        {
-            return Some(name);
+/// The names of the regions that `reserve_mem=` has asked for on a command line, each once.
+/// Whether they are there is another matter.
+pub(crate) struct RegionNames<'a> {
+    line: &'a [u8],
+    rest: Parameters<'a>,
+}
+
+impl<'a> RegionNames<'a> {
+    #[link_section = ".init.text"]
+    pub(crate) fn new(line: &'a [u8]) -> Self {
+        let rest = Parameters(line);
+        Self { line, rest }
+    }
+
+    /// Returns whether a parameter in front of the rest asked for that name.
+    #[link_section = ".init.text"]
+    fn was_seen(&self, rest: &[u8], name: &[u8]) -> bool {
+        let seen = self.line.len().saturating_sub(rest.len());
+        for parameter in Parameters(self.line.get(..seen).unwrap_or_default()) {
+            if region_name(parameter) == Some(name) {
+                return true;
+            }
         }
-    })
+        false
+    }
+}
+
+impl<'a> Iterator for RegionNames<'a> {
+    type Item = &'a [u8];
+
+    #[link_section = ".init.text"]
+    fn next(&mut self) -> Option<&'a [u8]> {
+        loop {
+            let rest = self.rest.0;
+            let Some(name) = region_name(self.rest.next()?) else {
+                continue;
+            };
+            if !self.was_seen(rest, name) {
+                return Some(name);
+            }
+        }
+    }
 }
 
 // The sizes of the areas; [`None`] if one does not fit in 64 bits. In proportion, what early boot

@@ -23,6 +23,7 @@ use super::kho_memblock::{
 use super::kho_mm;
 use super::kho_param::{
     self,
+    RegionNames,
     Scratch,
     Used, //
 };
@@ -113,20 +114,28 @@ fn used(memblock: Memblock, nid: c_int) -> Used {
 #[link_section = ".init.text"]
 fn used_again(memblock: Memblock) -> Used {
     let mut used = used(memblock, ANY_NODE);
-    for (start, size) in regions() {
+    for (start, size) in Regions::new() {
         used = used.without(start, size, low_limit());
     }
     used
 }
 
-/// Returns the address and size of each region of `reserve_mem=`, allocated or revived.
-fn regions() -> impl Iterator<Item = (u64, u64)> {
-    // SAFETY: The command line is a string that ends with a NUL, and stays.
-    let line = unsafe {
-        let line = bindings::saved_command_line;
-        core::slice::from_raw_parts(line.cast::<u8>(), bindings::strlen(line))
-    };
-    kho_param::reserve_mem_names(line).filter_map(|name| {
+/// The regions of `reserve_mem=`, allocated or revived, each as its address and size.
+struct Regions(RegionNames<'static>);
+
+impl Regions {
+    #[link_section = ".init.text"]
+    fn new() -> Self {
+        // SAFETY: The command line is a string that ends with a NUL, and stays.
+        let line = unsafe {
+            let line = bindings::saved_command_line;
+            core::slice::from_raw_parts(line.cast::<u8>(), bindings::strlen(line))
+        };
+        Self(RegionNames::new(line))
+    }
+
+    #[link_section = ".init.text"]
+    fn find(name: &[u8]) -> Option<(u64, u64)> {
         // memblock takes no name that is longer.
         let mut text = [0u8; 16];
         text.get_mut(..name.len())?.copy_from_slice(name);
@@ -137,7 +146,21 @@ fn regions() -> impl Iterator<Item = (u64, u64)> {
             bindings::reserve_mem_find_by_name(text.as_ptr().cast(), &mut start, &mut size)
         };
         (found != 0).then_some((start, size))
-    })
+    }
+}
+
+impl Iterator for Regions {
+    type Item = (u64, u64);
+
+    #[link_section = ".init.text"]
+    fn next(&mut self) -> Option<(u64, u64)> {
+        loop {
+            let region = Self::find(self.0.next()?);
+            if region.is_some() {
+                return region;
+            }
+        }
+    }
 }
 
 /// Finds memory for the scratch areas, and reserves it.
@@ -418,7 +441,7 @@ fn report_size(early: Used) {
 pub(crate) fn cut() {
     let old = kho_place::scratch();
     let mut table = None;
-    for (start, size) in regions() {
+    for (start, size) in Regions::new() {
         if !kho_place::in_scratch(start, size) {
             continue;
         }

@@ -8,7 +8,7 @@ use super::super::kho_check::{check_tree, larger_block, Machine, Refusal, Sets};
 use super::super::kho_fdt::{memory_map, total_size, Blob};
 use super::super::kho_grain::{add_grains, coarsen, has_frames, Gaps, EXTENSION};
 use super::super::kho_key::{Block, Key, Order, Pfn};
-use super::super::kho_param::{cut, reserve_mem_names, Scratch, Used};
+use super::super::kho_param::{cut, RegionNames, Scratch, Used};
 use super::super::kho_radix::{NoMemory, Node, NodeAddr, NodeMem, Removal, Run, Tree};
 use super::super::kho_range::Frames;
 use super::super::PAGE_SHIFT;
@@ -600,7 +600,7 @@ fn param(data: &[u8]) {
         assert!(area.0 <= start && start <= end && end <= area.1 && (start | end) % align == 0);
         assert!(start == end || end <= region.0 || start >= region.1 || region.0 == region.1);
     }
-    let names: Vec<&[u8]> = reserve_mem_names(text).collect();
+    let names: Vec<&[u8]> = RegionNames::new(text).collect();
     let unique: BTreeSet<&[u8]> = names.iter().copied().collect();
     assert!(unique.len() == names.len() && !unique.contains(&b""[..]));
     if !text.contains(&b'"') {

@@ -5,7 +5,7 @@
 use super::super::kho_param::{
     cut,
     floor,
-    reserve_mem_names,
+    RegionNames,
     round_up,
     scaled,
     Scratch,
@@ -286,7 +286,7 @@ fn areas_by_size() {
 
 /// Returns the names that a command line has regions for, between bars.
 fn names(line: &[u8]) -> String {
-    let names: Vec<_> = reserve_mem_names(line)
+    let names: Vec<_> = RegionNames::new(line)
         .map(String::from_utf8_lossy)
         .collect();
     names.join("|")
@@ -346,7 +346,7 @@ fn no_command_line_panics() {
     for number in 0..count.pow(6) {
         let words = (0..6).map(|i| letters[number / count.pow(i) % count]);
         let line: Vec<u8> = words.flatten().copied().collect();
-        for name in reserve_mem_names(&line) {
+        for name in RegionNames::new(&line) {
             assert!(!name.is_empty());
         }
     }
