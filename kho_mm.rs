@@ -466,21 +466,29 @@ pub(crate) fn nid_of(pfn: u64) -> c_int {
 }
 
 /// Initialises those struct pages of `frames` that are not yet.
+///
+/// # Safety
+///
+/// The frames must be RAM whose struct pages nobody uses yet.
 #[link_section = ".init.text"]
-pub(crate) fn init_deferred(frames: Frames) {
+pub(crate) unsafe fn init_deferred(frames: Frames) {
     if frames.end() > first_deferred_of_all() {
         for pfn in frames.start()..frames.end() {
-            // SAFETY: By the caller, it is RAM that nobody uses yet.
+            // SAFETY: By the caller's contract.
             unsafe { bindings::init_deferred_page(pfn as usize, nid_of(pfn)) };
         }
     }
 }
 
 /// Gives a block to the page allocator.
+///
+/// # Safety
+///
+/// The block must be RAM that is nobody's, and no part of it may be given again. Its struct pages
+/// must be initialised, and so must those of the block of the largest order around it.
 #[link_section = ".init.text"]
-pub(crate) fn free_block(pfn: u64, order: Order) {
-    // SAFETY: It is nobody's, its struct pages are initialised, and so are those of the block of
-    // the largest order around it.
+pub(crate) unsafe fn free_block(pfn: u64, order: Order) {
+    // SAFETY: By the caller's contract.
     unsafe { bindings::kho_glue_free_block(pfn as usize, order.get()) };
 }
 

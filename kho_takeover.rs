@@ -375,7 +375,9 @@ impl Takeover {
         for preserved in frames_in(reserved, frames) {
             if memblock.is_reserved(preserved) {
                 memblock.mark_noinit(preserved)?;
-                kho_mm::init_deferred(preserved);
+                // SAFETY: It was preserved RAM, and whoever reserved it while memblock hands out
+                // memory uses no struct pages.
+                unsafe { kho_mm::init_deferred(preserved) };
             }
         }
         for run in self.sets.nodes.runs_between(frames.numbers()) {
@@ -391,7 +393,8 @@ impl Takeover {
             let free = memblock.first_free(rest).unwrap_or(rest.from(rest.end()));
             add_frames(reserved, rest.until(free.start()))?;
             memblock.reserve(free)?;
-            kho_mm::init_deferred(free);
+            // SAFETY: It was free RAM until the line above.
+            unsafe { kho_mm::init_deferred(free) };
             rest = rest.from(free.end());
         }
         Ok(())
@@ -476,7 +479,9 @@ impl Takeover {
     fn free_gaps(&self, frames: Frames) {
         let mut count = 0u64;
         for block in Gaps::new(&self.sets.reserved, frames, GRAIN) {
-            kho_mm::free_block(block.pfn().get(), block.order());
+            // SAFETY: Takeover has reserved it for nobody. The grain is released for the first
+            // time; it has struct pages, and so has all around it, see the head of this file.
+            unsafe { kho_mm::free_block(block.pfn().get(), block.order()) };
             count = count.saturating_add(block.order().pages());
         }
         kho_mm::add_memory(count);
@@ -585,7 +590,9 @@ impl Takeover {
             let mut count = 0u64;
             for frames in frames_in(&self.sets.nodes, self.all_frames()) {
                 for pfn in frames.start()..frames.end() {
-                    kho_mm::free_block(pfn, Order::ZERO);
+                    // SAFETY: Takeover has reserved the old tree's nodes, which nobody looks at any
+                    // more, and all memory has struct pages by now.
+                    unsafe { kho_mm::free_block(pfn, Order::ZERO) };
                 }
                 count = count.saturating_add(frames.count());
             }
