@@ -100,6 +100,17 @@ bool kho_glue_is_plugged(unsigned long start, unsigned long end)
 	return false;
 }
 
+/* In between no memory is removed. */
+void kho_glue_get_online_mems(void)
+{
+	get_online_mems();
+}
+
+void kho_glue_put_online_mems(void)
+{
+	put_online_mems();
+}
+
 /*
  * Whether a range may be RAM, as far as that is known before memblock is.  What memmap= or
  * add_efi_memmap add to the map is not, and other architectures than x86 may know nothing yet.

@@ -69,6 +69,8 @@ struct page *kho_glue_pfn_to_page(unsigned long pfn);
 unsigned long kho_glue_page_to_pfn(const struct page *page);
 bool kho_glue_one_node(unsigned long first, unsigned long last);
 bool kho_glue_is_plugged(unsigned long start, unsigned long end);
+void kho_glue_get_online_mems(void);
+void kho_glue_put_online_mems(void);
 bool kho_glue_may_be_ram(phys_addr_t phys, phys_addr_t size);
 int kho_glue_early_pfn_to_nid(unsigned long pfn);
 void kho_glue_clear_tags(struct page *page, unsigned long nr_pages);

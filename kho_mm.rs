@@ -298,9 +298,13 @@ pub(crate) fn is_folio(order: Order) -> bool {
     (1..=bindings::KHO_MAX_FOLIO_ORDER).contains(&order.get())
 }
 
-/// Calls `each` with the order of every block that carries `mark`. Looks at each page there is.
+/// Calls `each` with the order of every block that carries `mark`. Looks at each page there is, and
+/// may sleep.
 #[cfg(CONFIG_KEXEC_HANDOVER_DEBUGFS)]
 pub(crate) fn for_each_marked(mark: Mark, mut each: impl FnMut(Order)) {
+    // Memory must not be removed while its struct pages are looked at.
+    // SAFETY: The caller may sleep, and these calls are a pair.
+    unsafe { bindings::kho_glue_get_online_mems() };
     // SAFETY: It is set while booting, and only grows.
     let end = unsafe { bindings::max_pfn } as u64;
     let mut pfn = 0u64;
@@ -315,6 +319,8 @@ pub(crate) fn for_each_marked(mark: Mark, mut each: impl FnMut(Order)) {
         }
         pfn = pfn.saturating_add(order.unwrap_or(Order::ZERO).pages());
     }
+    // SAFETY: See above.
+    unsafe { bindings::kho_glue_put_online_mems() };
 }
 
 /// Frees a page that was restored, or allocated as a chunk.
