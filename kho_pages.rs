@@ -141,8 +141,17 @@ fn unpreserve_blocks(frames: Frames) {
         return;
     };
     let keys = frames.blocks(kho_mm::one_node).map(Key::of);
-    kho_trace::unpreserve(frames);
-    if tree.remove_all(keys, complain_absent) {
+    // What is left of the range behind the last block that was not preserved.
+    let mut rest = frames;
+    let emptied = tree.remove_all(keys, |key| {
+        complain_absent(key);
+        if let Some(absent) = key.block().map(Frames::of_block) {
+            kho_trace::unpreserve(rest.until(absent.start()));
+            rest = rest.from(absent.end());
+        }
+    });
+    kho_trace::unpreserve(rest);
+    if emptied {
         kho_nodemem::schedule_prune();
     }
 }

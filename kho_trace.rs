@@ -2,7 +2,8 @@
 
 //! Tracepoints, in `events/kho/` of tracefs: a static branch that is not taken while they are off.
 //!
-//! Only what succeeded is traced. A range has one event, whatever blocks it is cut into.
+//! Only what succeeded is traced. A range has one event, whatever blocks it is cut into; one of which
+//! parts were not preserved has one for each part between them when it is unpreserved.
 
 use super::kho_range::Frames;
 use kernel::{
@@ -39,9 +40,12 @@ pub(crate) fn preserve(frames: Frames) {
     unsafe { kho_preserve(frames.start() as c_ulong, frames.count() as c_ulong) }
 }
 
-/// Some frames are not preserved any more.
+/// Some frames, if there are any, are not preserved any more.
 #[inline(always)]
 pub(crate) fn unpreserve(frames: Frames) {
+    if frames.is_empty() {
+        return;
+    }
     // SAFETY: Always safe to call.
     unsafe { kho_unpreserve(frames.start() as c_ulong, frames.count() as c_ulong) }
 }
