@@ -90,10 +90,11 @@ impl GrainPages {
         })
     }
 
-    /// Returns whether each page belongs to a block that was added.
+    /// Returns whether these are a whole grain, and each page belongs to a block that was added. In
+    /// a part of a grain a block may reach beyond the part, and another one be missing.
     #[link_section = ".init.text"]
     pub(crate) fn is_full(&self) -> bool {
-        self.restorable == self.frames.count()
+        self.restorable == GRAIN_PAGES as u64 && self.frames.count() == GRAIN_PAGES as u64
     }
 
     /// Returns the frames.
