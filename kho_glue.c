@@ -26,6 +26,7 @@
 #include <linux/workqueue.h>
 
 #ifdef CONFIG_X86
+#include <asm/cmdline.h>
 #include <asm/e820/api.h>
 #endif
 
@@ -118,8 +119,11 @@ void kho_glue_put_online_mems(void)
 bool __init kho_glue_may_be_ram(phys_addr_t phys, phys_addr_t size)
 {
 #ifdef CONFIG_X86
+	char value[1];
+
 	return e820__mapped_all(phys, phys + size, E820_TYPE_RAM) ||
-	       strstr(boot_command_line, "memmap");
+	       cmdline_find_option(boot_command_line, "memmap", value, sizeof(value)) >= 0 ||
+	       cmdline_find_option_bool(boot_command_line, "add_efi_memmap");
 #else
 	return true;
 #endif

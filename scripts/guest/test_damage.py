@@ -47,7 +47,8 @@ def damaged(log, note, kinds, **options):
 
     takes = not refused and luo == "back"
     # LUO follows pointers of its own, which the damage may have led astray.
-    again = "nokaslr liveupdate=" + ("off" if luo == "off" else "on")
+    # The parameter about memory that is plugged in does not change the firmware's map.
+    again = "nokaslr memory_hotplug.memmap_on_memory=0 liveupdate=" + ("off" if luo == "off" else "on")
     script = SAVE_FDT + """
         for blob in /sys/kernel/debug/kho/in/sub_fdts/*; do
             [ ! -e "$blob" ] || cat "$blob" >/dev/null || fail "$blob"
