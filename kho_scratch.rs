@@ -121,11 +121,11 @@ fn used_again(memblock: Memblock) -> Used {
 }
 
 /// The regions of `reserve_mem=`, allocated or revived, each as its address and size.
-struct Regions(RegionNames<'static>);
+pub(crate) struct Regions(RegionNames<'static>);
 
 impl Regions {
     #[link_section = ".init.text"]
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         // SAFETY: The command line is a string that ends with a NUL, and stays.
         let line = unsafe {
             let line = bindings::saved_command_line;

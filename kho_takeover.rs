@@ -86,6 +86,7 @@ use super::kho_radix::{
     Tree, //
 };
 use super::kho_range::Frames;
+use super::kho_scratch;
 use super::kho_struct_pages::GrainPages;
 use super::kho_trace;
 use super::kho_word::bits;
@@ -138,6 +139,8 @@ pub(crate) struct Takeover {
     /// Grains that somebody else has a part of, and that have not been released. Their struct pages
     /// are initialised, and their blocks can be restored.
     shared: Tree<Direct>,
+    /// The frames of `reserve_mem=`, which have a user without being restored.
+    owned: Tree<Direct>,
 }
 
 /// What was taken over, while not everything has been given back.
@@ -170,6 +173,7 @@ impl Takeover {
             pending: Tree::new(direct)?,
             uninit: Tree::new(direct)?,
             shared: Tree::new(direct)?,
+            owned: Tree::new(direct)?,
         };
         match kho_check::check_tree(&takeover.tree, &memblock, &takeover.sets) {
             Ok(stats) => {
@@ -298,6 +302,7 @@ impl Takeover {
         self.pending.destroy();
         self.uninit.destroy();
         self.shared.destroy();
+        self.owned.destroy();
         kho_nodemem::drain_pool(self.memblock);
     }
 
@@ -331,6 +336,7 @@ impl Takeover {
     /// allocations keeping away from grains, as they do: no grain is in memory that is scratch.
     #[link_section = ".init.text"]
     fn reserve(&self, reached: &mut u64) -> Result<(), Refusal> {
+        self.note_owned()?;
         for frames in self.busy() {
             let mut rest = frames;
             while !rest.is_empty() {
@@ -400,6 +406,25 @@ impl Takeover {
         Ok(())
     }
 
+    /// Notes the regions of `reserve_mem=`.
+    #[link_section = ".init.text"]
+    fn note_owned(&self) -> Result<(), NoMemory> {
+        for (phys, size) in kho_scratch::Regions::new() {
+            if let Some(frames) = Frames::covering(phys, size) {
+                add_frames(&self.owned, frames)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns whether any of `frames` is in a region of `reserve_mem=`. memblock has given it to
+    /// its user without restoring it, and frees it page by page, if at all
+    /// (`reserve_mem_release_by_name()`): no block of it may become a folio.
+    #[link_section = ".init.text"]
+    fn is_owned(&self, frames: Frames) -> bool {
+        frames_in(&self.owned, frames).next().is_some()
+    }
+
     /// Makes the struct pages in some frames of one grain and zone what restoring finds, see
     /// [`GrainPages`]; returns whether all of the frames can be restored. If they `are_deferred`,
     /// which only those of a whole grain can be, they are initialised first. Nothing can be
@@ -415,10 +440,13 @@ impl Takeover {
         };
         if !self.is_refused() {
             if let Some(block) = self.block_around(frames) {
-                pages.add(block);
+                if !self.is_owned(Frames::of_block(block)) {
+                    pages.add(block);
+                }
             } else {
+                let any_owned = self.is_owned(frames);
                 for order in self.stats.orders_down() {
-                    self.add_blocks(&mut pages, order);
+                    self.add_blocks(&mut pages, order, any_owned);
                     if pages.is_full() {
                         break;
                     }
@@ -443,9 +471,10 @@ impl Takeover {
         )
     }
 
-    /// Adds the blocks of `order`, which is no larger than a grain's, that start in `pages`.
+    /// Adds the blocks of `order`, which is no larger than a grain's, that start in `pages`, but
+    /// none that has memory that [is owned](Self::is_owned); there is such memory if `any_owned`.
     #[link_section = ".init.text"]
-    fn add_blocks(&self, pages: &mut GrainPages, order: Order) {
+    fn add_blocks(&self, pages: &mut GrainPages, order: Order, any_owned: bool) {
         let Some((first, last)) = pages.frames().keys(order).filter(|_| order <= GRAIN) else {
             return;
         };
@@ -456,7 +485,8 @@ impl Takeover {
         for (first, word) in leaf.words_between(first, last) {
             for bit in bits(word) {
                 if let Some(block) = Key::new(first | bit).and_then(Key::block) {
-                    if self.is_whole(block) {
+                    let is_owned = any_owned && self.is_owned(Frames::of_block(block));
+                    if !is_owned && self.is_whole(block) {
                         pages.add(block);
                     }
                 }

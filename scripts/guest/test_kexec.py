@@ -218,6 +218,25 @@ def test_reserve_mem(log):
            2 << 20 <= first - second <= 8 << 20 and second == third == int(left) << 10)
 
 
+def test_reserve_mem_given_back(log, note):
+    """R -> R, a region of reserve_mem= is freed page by page in the second: its pages are sound and count once"""
+    size = spoilt(12, 8) << 10
+    with make(log) as guest:
+        done = guest.run("kho=on liveupdate=on reserve_mem=12M:4M:trace trace_instance=boot_map@trace", [
+            "next_kernel next",
+            f"""
+            mount -t tracefs tracefs /sys/kernel/tracing || fail tracefs
+            {MEMORY}
+            check rmdir /sys/kernel/tracing/instances/boot_map
+            {MEMORY}
+            """ + FILL])
+        done.expect(2)
+    done.expect_line(2, "Revived memory reservation 'trace'")
+    before, after = map(int, done.reported(2, "MemTotal:"))
+    expect(f"{before} kB before, {after} kB after, not {size} kB more", after - before == size)
+    note(f"{after - before} kB more")
+
+
 def test_chain(log):
     """R -> R -> R -> R, the data preserved anew by each, debugfs complete in each"""
     with make(log) as guest:
