@@ -148,5 +148,8 @@ void kho_rs_summary(struct seq_file *file);
 
 /* in kunit/handover.c */
 void kho_kunit_make_folio(struct page *page, unsigned int order);
+void *kho_kunit_vmalloc(unsigned long size);
+void *kho_kunit_vmalloc_huge(unsigned long size);
+bool kho_kunit_take_page(unsigned long pfn);
 
 #endif /* KHO_GLUE_H */

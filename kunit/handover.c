@@ -143,6 +143,23 @@ void kho_kunit_make_folio(struct page *page, unsigned int order)
 	prep_compound_page(page, order);
 }
 
+/* Allocating takes a tag of the place that does it, which only the macros have. */
+void *kho_kunit_vmalloc(unsigned long size)
+{
+	return vmalloc(size);
+}
+
+void *kho_kunit_vmalloc_huge(unsigned long size)
+{
+	return vmalloc_huge(size, GFP_KERNEL);
+}
+
+/* Allocates this page of movable memory, if it can be had. */
+bool kho_kunit_take_page(unsigned long pfn)
+{
+	return !alloc_contig_range(pfn, pfn + 1, ACR_FLAGS_CMA, GFP_KERNEL);
+}
+
 static bool __init take_folio(phys_addr_t phys, unsigned int order)
 {
 	struct folio *folio = kho_restore_folio(phys);

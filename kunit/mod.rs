@@ -471,20 +471,12 @@ mod pages {
 
     impl ScratchPage {
         fn new() -> Option<Self> {
-            // `ACR_FLAGS_CMA`
-            const CMA: u32 = 1;
             kho_place::scratch()
                 .iter()
                 .flat_map(|area| (0..area.size >> 21).map(|n| area.addr + (n << 21)))
                 .map(|phys| phys >> PAGE_SHIFT)
-                .find(|pfn| {
-                    let start = *pfn as usize;
-                    let gfp = bindings::GFP_KERNEL;
-                    // SAFETY: Takes any range that has struct pages, and may fail.
-                    let error =
-                        unsafe { bindings::alloc_contig_range_noprof(start, start + 1, CMA, gfp) };
-                    error == 0
-                })
+                // SAFETY: Takes any page that has a struct page, and may fail.
+                .find(|pfn| unsafe { bindings::kho_kunit_take_page(*pfn as usize) })
                 .map(Self)
         }
 
@@ -531,7 +523,7 @@ mod pages {
             );
             crate::kho_remove_subtree(kho_mm::virt(page.phys()));
 
-            let area = bindings::vmalloc_noprof(4 * size);
+            let area = bindings::kho_kunit_vmalloc(4 * size);
             if area.is_null() {
                 return Err(ENOMEM);
             }
@@ -718,9 +710,9 @@ mod vmalloc {
         // SAFETY: The areas are ours.
         unsafe {
             for (area, pages) in [
-                (bindings::vmalloc_noprof(4 * size), 4),
+                (bindings::kho_kunit_vmalloc(4 * size), 4),
                 (
-                    bindings::vmalloc_huge_node_noprof(2 * huge, bindings::GFP_KERNEL, -1),
+                    bindings::kho_kunit_vmalloc_huge(2 * huge),
                     1024,
                 ),
             ] {
@@ -775,7 +767,7 @@ mod vmalloc {
             let preservation = place.ptr();
             // SAFETY: The area is ours, and the list is one that was just made.
             unsafe {
-                let area = bindings::vmalloc_noprof(count * bindings::PAGE_SIZE);
+                let area = bindings::kho_kunit_vmalloc(count * bindings::PAGE_SIZE);
                 if area.is_null() {
                     return Err(ENOMEM);
                 }
@@ -996,7 +988,7 @@ mod subtree {
         let size = bindings::PAGE_SIZE;
         // SAFETY: The name ends with a NUL, and the area is ours.
         unsafe {
-            let area = bindings::vmalloc_noprof(size);
+            let area = bindings::kho_kunit_vmalloc(size);
             if area.is_null() {
                 return Err(ENOMEM);
             }
