@@ -26,6 +26,8 @@ WORK = CACHE / "guest"
 # A busy host delivers a timer's interrupts too late for the kernel to find out how it is wired.
 CMDLINE = "console=ttyS0 earlycon=uart8250,io,0x3f8,115200n8 panic=-1 no_timer_check"
 HANG = 180
+# How much longer everything takes in kernels with sanitizers.
+SLOW = int(os.environ.get("KHO_SLOW") or 1)
 COMPILERS = {"x86_64": "gcc", "arm64": "aarch64-linux-gnu-gcc"}
 
 # Nothing like this is ever all right.  "panic=" is on the command line.
@@ -352,7 +354,7 @@ def qemu(log, kernel, initramfs, cmdline, share=None, mem="1G", smp=1, nodes=1, 
             shown = progress(title, log, share, start, shown)
         if during:
             during()
-        if time.time() - start > timeout:
+        if time.time() - start > timeout * SLOW:
             hang = True
             child.kill()
             child.wait()
