@@ -9,10 +9,11 @@
 //!  pure         kho_key kho_word kho_param   frames, orders and keys; words; kho_scratch=
 //!               kho_radix kho_range kho_fdt  the tree; ranges; rules for the root FDT
 //!               kho_grain kho_check          sets of frames; is the incoming tree sound?
-//!  kernel side  kho_log kho_place            complaints; memory that cannot be preserved
-//!               kho_libfdt kho_mm            FDTs; direct map, struct pages, marks, nodes
-//!               kho_memblock kho_nodemem     the door to memblock; memory for tree nodes
-//!               kho_scratch kho_state        scratch areas; what is handed over, in and out
+//!  kernel side  kho_log kho_trace            complaints; tracepoints
+//!               kho_place kho_libfdt         memory that cannot be preserved; FDTs
+//!               kho_mm kho_memblock          direct map, struct pages, marks; the door to memblock
+//!               kho_nodemem kho_scratch      memory for tree nodes; scratch areas
+//!               kho_state kho_struct_pages   what is handed over, in and out; its struct pages
 //!               kho_takeover                 memory that is withheld until it is restored
 //!  policy       kho_pages kho_vmalloc        preserve and restore memory
 //!               kho_summary                  what debugfs shows of it
