@@ -65,7 +65,7 @@ help:
 	@echo 'make bench      measure C and Rust in guests, and the tree on the host:'
 	@echo '                  tables, JSON, drawings; half an hour'
 	@echo '                  ARCHS="x86_64 arm64" COMPILERS="gcc llvm"'
-	@echo '                  CONFIGS="debug production" WORKLOADS="scattered-0 million ..."'
+	@echo '                  CONFIGS="production debug" WORKLOADS="scattered-0 million ..."'
 	@echo '                  OUT=<dir>    where the results go'
 	@echo 'make bench-full the same with every one of these words: some hours'
 	@echo 'make bench-host measure the tree natively: nanoseconds, and scaling with threads'
@@ -113,7 +113,7 @@ bench-vm:
 
 bench-full: export ARCHS = x86_64 arm64
 bench-full: export COMPILERS = gcc llvm
-bench-full: export CONFIGS = debug production
+bench-full: export CONFIGS = production debug
 bench-full: export WORKLOADS = all
 bench-full: bench
 
