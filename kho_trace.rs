@@ -2,8 +2,8 @@
 
 //! Tracepoints, in `events/kho/` of tracefs: a static branch that is not taken while they are off.
 //!
-//! Only what succeeded is traced. A range has one event, whatever blocks it is cut into; one of which
-//! parts were not preserved has one for each part between them when it is unpreserved.
+//! Only what succeeded is traced. A range has one event, whatever blocks it is cut into. When one of
+//! which parts are not preserved is unpreserved, each part between those has one.
 
 use super::kho_range::Frames;
 use kernel::{
