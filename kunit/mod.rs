@@ -711,10 +711,7 @@ mod vmalloc {
         unsafe {
             for (area, pages) in [
                 (bindings::kho_kunit_vmalloc(4 * size), 4),
-                (
-                    bindings::kho_kunit_vmalloc_huge(2 * huge),
-                    1024,
-                ),
+                (bindings::kho_kunit_vmalloc_huge(2 * huge), 1024),
             ] {
                 if area.is_null() {
                     return Err(ENOMEM);
