@@ -219,7 +219,8 @@ def test_reserve_mem(log):
 
 
 def test_reserve_mem_given_back(log, note):
-    """R -> R, a region of reserve_mem= is freed page by page in the second: its pages are sound and count once"""
+    """R -> R -> R, a region of reserve_mem= is freed page by page in the second: its pages are sound and count
+    once, and the third does not find it"""
     size = spoilt(12, 8) << 10
     with make(log) as guest:
         done = guest.run("kho=on liveupdate=on reserve_mem=12M:4M:trace trace_instance=boot_map@trace", [
@@ -229,9 +230,11 @@ def test_reserve_mem_given_back(log, note):
             {MEMORY}
             check rmdir /sys/kernel/tracing/instances/boot_map
             {MEMORY}
-            """ + FILL])
-        done.expect(2)
+            """ + FILL + "umount /tmp/fill\nnext_kernel next", ""])
+        done.expect(3)
     done.expect_line(2, "Revived memory reservation 'trace'")
+    expect("the third kernel has what was freed", not done.said(3, "Revived memory reservation"))
+    done.expect_line(3, "FDT 'memblock' has no child 'trace'")
     before, after = map(int, done.reported(2, "MemTotal:"))
     expect(f"{before} kB before, {after} kB after, not {size} kB more", after - before == size)
     note(f"{after - before} kB more")
