@@ -19,6 +19,7 @@
 //!               kho_summary                  what debugfs shows of it
 //!               kho_boot kho_kexec           what happens while booting; images
 //!  C            kho_glue.h kho_glue.c        exports, initcalls, inline functions
+//!               kho_helpers.c kho_trace.h    those that Rust may inline; tracepoints
 //! ```
 //!
 //! The pure modules use nothing but `core`, have no `unsafe`, and are tested on the host, too.
