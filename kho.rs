@@ -476,9 +476,9 @@ unsafe extern "C" fn kho_remove_subtree(blob: *mut c_void) {
 ///
 /// The memory is preserved, and can be read; it is the caller's to restore.
 ///
-/// May be called in any context from `mm_core_init()` on, `early_param()`s excepted. Returns 0;
-/// `-ENOENT` if nothing was handed over or nothing under this name; `-EINVAL` if `phys` is null or
-/// the entry is broken.
+/// May be called in any context from `mm_core_init_early()` on, `early_param()`s excepted. Returns
+/// 0; `-ENOENT` if nothing was handed over or nothing under this name; `-EINVAL` if `phys` is null
+/// or the entry is broken.
 ///
 /// # Safety
 ///
@@ -699,7 +699,7 @@ unsafe extern "C" fn kho_fill_kimage(image: *mut bindings::kimage) -> c_int {
 /// Finds a place in scratch for a segment of an image.
 ///
 /// May sleep. Returns 0; 1 if the segment may lie anywhere; `-EADDRNOTAVAIL` if no hole is large
-/// enough; else what `func` returns.
+/// enough, or if `func` fails.
 ///
 /// # Safety
 ///
