@@ -19,6 +19,7 @@
 //!               kho_summary                  what debugfs shows of it
 //!               kho_boot kho_kexec           what happens while booting; images
 //!  C            kho_glue.h kho_glue.c        exports, initcalls, inline functions
+//!               kho_helpers.c kho_trace.h    those that Rust may inline; tracepoints
 //! ```
 //!
 //! The pure modules use nothing but `core`, have no `unsafe`, and are tested on the host, too.
@@ -48,7 +49,8 @@
 //!
 //! Memory that is preserved stays its owner's. The owner must keep it allocated and in place for as
 //! long as it is preserved. In the next kernel it belongs to nobody until it is restored, and then
-//! to the caller that restored it.
+//! to the caller that restored it. Regions of `reserve_mem=` that the next kernel asks for, too,
+//! are an exception: they are their users' from boot on, and cannot be restored.
 //!
 //! C headers: [`include/linux/kexec_handover.h`](srctree/include/linux/kexec_handover.h),
 //! [`include/linux/kho_radix_tree.h`](srctree/include/linux/kho_radix_tree.h),
@@ -474,9 +476,9 @@ unsafe extern "C" fn kho_remove_subtree(blob: *mut c_void) {
 ///
 /// The memory is preserved, and can be read; it is the caller's to restore.
 ///
-/// May be called in any context from `mm_core_init()` on, `early_param()`s excepted. Returns 0;
-/// `-ENOENT` if nothing was handed over or nothing under this name; `-EINVAL` if `phys` is null or
-/// the entry is broken.
+/// May be called in any context from `mm_core_init_early()` on, `early_param()`s excepted. Returns
+/// 0; `-ENOENT` if nothing was handed over or nothing under this name; `-EINVAL` if `phys` is null
+/// or the entry is broken.
 ///
 /// # Safety
 ///
@@ -697,7 +699,7 @@ unsafe extern "C" fn kho_fill_kimage(image: *mut bindings::kimage) -> c_int {
 /// Finds a place in scratch for a segment of an image.
 ///
 /// May sleep. Returns 0; 1 if the segment may lie anywhere; `-EADDRNOTAVAIL` if no hole is large
-/// enough; else what `func` returns.
+/// enough, or if `func` fails.
 ///
 /// # Safety
 ///

@@ -4,6 +4,7 @@
 //!
 //! ```text
 //!  early_param           parse()     kho_scratch=
+//!  mm_core_init_early()  give_up()   of a refused handover, if they leave too little beside them
 //!  mm_core_init()        reserve()   areas reserved, in terms of memblock; or only report()
 //!  core_initcall         cut()       after a handover: without what reserve_mem= has of them
 //!  fs_initcall           open()      they go to the page allocator, for movable memory only
