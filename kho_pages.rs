@@ -31,9 +31,15 @@ use super::kho_mm::{
     Mark,
     Page, //
 };
-use super::kho_nodemem;
+use super::kho_nodemem::{
+    self,
+    Direct, //
+};
 use super::kho_place;
-use super::kho_radix::Removal;
+use super::kho_radix::{
+    Removal,
+    Tree, //
+};
 use super::kho_range::Frames;
 use super::kho_state;
 use super::kho_takeover;
@@ -119,8 +125,9 @@ fn preserve_blocks(frames: Frames) -> Result {
         let done = key
             .block()
             .map_or(frames.start(), |block| block.pfn().get());
-        // What was done ends with a block, so that the cuts are the same again.
-        unpreserve_blocks(frames.until(done));
+        // What was done ends with a block, so that the cuts are the same again. Nothing has been
+        // traced of it yet.
+        remove_blocks(&tree, frames.until(done), false);
         error.map_or(EEXIST, |_| ENOMEM)
     })?;
     kho_trace::preserve(frames);
@@ -137,8 +144,17 @@ pub(crate) fn unpreserve_frames(frames: Frames) {
 
 #[inline(never)]
 fn unpreserve_blocks(frames: Frames) {
-    let Some(tree) = kho_state::out_tree() else {
-        return;
+    if let Some(tree) = kho_state::out_tree() {
+        remove_blocks(&tree, frames, true);
+    }
+}
+
+/// Removes the blocks of a range, and traces what was there of it if `is_traced`.
+fn remove_blocks(tree: &Tree<Direct>, frames: Frames, is_traced: bool) {
+    let trace = |gone: Frames| {
+        if is_traced && !gone.is_empty() {
+            kho_trace::unpreserve(gone);
+        }
     };
     let keys = frames.blocks(kho_mm::one_node).map(Key::of);
     // What is left of the range behind the last block that was not preserved.
@@ -146,11 +162,11 @@ fn unpreserve_blocks(frames: Frames) {
     let emptied = tree.remove_all(keys, |key| {
         complain_absent(key);
         if let Some(absent) = key.block().map(Frames::of_block) {
-            kho_trace::unpreserve(rest.until(absent.start()));
+            trace(rest.until(absent.start()));
             rest = rest.from(absent.end());
         }
     });
-    kho_trace::unpreserve(rest);
+    trace(rest);
     if emptied {
         kho_nodemem::schedule_prune();
     }

@@ -40,12 +40,9 @@ pub(crate) fn preserve(frames: Frames) {
     unsafe { kho_preserve(frames.start() as c_ulong, frames.count() as c_ulong) }
 }
 
-/// Some frames, if there are any, are not preserved any more.
+/// Some frames are not preserved any more.
 #[inline(always)]
 pub(crate) fn unpreserve(frames: Frames) {
-    if frames.is_empty() {
-        return;
-    }
     // SAFETY: Always safe to call.
     unsafe { kho_unpreserve(frames.start() as c_ulong, frames.count() as c_ulong) }
 }
