@@ -390,7 +390,10 @@ pub(crate) fn restore(preservation: bindings::kho_vmalloc) -> Option<*mut c_void
     // SAFETY: The array has that many pages. They and the array stay with the area.
     unsafe {
         let area = bindings::kho_glue_vmap(pages, count, order, flags);
-        let area = NonNull::new(area)?.as_ptr();
+        if area.is_null() {
+            kho_log::complain(kho_log::Complaint::NoArea, first);
+            return None;
+        }
         let pages = claimed.take().as_ptr();
         Some(bindings::kho_glue_vmap_done(area, pages, count, is_alloc))
     }
