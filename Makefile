@@ -82,7 +82,7 @@ help:
 	@echo 'KDIR=<tree>     your own Linux 7.3 tree, which is copied (default: a package of'
 	@echo '                Debian); only install and uninstall change it'
 	@echo 'CONFIG=<.config>  your own configuration, to which what the guests need is added'
-	@echo '                (run, vm, test, kernel)'
+	@echo '                (run, vm, shell, test, kernel)'
 	@echo 'TARBALL=<file> SHA256=<sum>  a release of Linux 7.3 that you have fetched'
 	@echo 'LLVM=1          build with clang and lld instead of gcc'
 	@echo 'ARCH=arm64      build for arm64 instead of x86_64 (kernel only)'

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
  * The part of kexec handover that only C can express: exports, parameters and
- * initcalls, statics with lock initialisers, and inline functions of <linux/mm.h>
- * and friends under a name that Rust can call.  No decision is taken here.
+ * initcalls, tracepoints, statics with lock initialisers, and inline functions of
+ * <linux/mm.h> and friends under a name that Rust can call.  No decision is taken
+ * here.
  */
 
 #define pr_fmt(fmt) "KHO: " fmt

@@ -37,6 +37,8 @@
 //!   belongs to two nodes or zones is *shared*. It is dealt with page by page, at once: what does
 //!   not belong to the handover counts as reserved, and all struct pages are initialised. What is
 //!   given back of it is cut where its node or zone ends.
+//! - *Users without restoring.* memblock gives regions of `reserve_mem=` to their users as they
+//!   are, who may free them page by page: no block of them becomes a folio, is marked or counted.
 //! - *Having memory until then.* What lies below the first deferred page of its node is given back
 //!   right after `memblock_free_all()`, as everybody's memory there is: all of it where struct
 //!   pages are not deferred, and all of the lower zones elsewhere.
