@@ -282,7 +282,7 @@ class Results:
             self.measured.setdefault(tuple(record[key] for key in KEYS[:4]), set()).add(record["run"])
         self.linux = " and ".join(sorted({run["linux"] for run in self.runs}))
         self.variants = sorted({key[:3] for key in self.by_key}, key=lambda variant: (
-            list(MACHINES).index(variant[0]), variant[1], variant[2]))
+            list(MACHINES).index(variant[0]), variant[2] != "production", variant[1]))
 
     def ticks(self, variant, impl, case, what, kernel):
         """One figure, or None; several names are added up."""
@@ -436,7 +436,6 @@ MAIN_TABLE = (
     *((f"MiB kept from a cold guest of {mem}", ("cold", "0", 0, mem), "kept", ALL)
       for mem in WORKLOADS["cold"][3]),
 )
-OTHER_TABLE = tuple(row for row in MAIN_TABLE if row[1][3] in ("2G", "4G") and not row[0].startswith("xarray"))
 ARM64_TABLE = (
     *(row for row in MAIN_TABLE if row[1][3] == "2G" and not row[0].startswith("xarray")),
     *((f"whole boot, {count:,} scattered of 4 KiB, 12 GiB", ("scattered", "0", count, "12G"), "whole boot", EACH)
@@ -509,41 +508,26 @@ def rst_table(headings, table):
 def main_table(out):
     results = Results(out)
     print("\n".join(header(results)))
-    for title, variants, wanted_rows in (
-            ("x86_64, gcc, production", [("x86_64", "gcc", "production")], MAIN_TABLE),
-            ("The other compiler", [("x86_64", "llvm", "production")], OTHER_TABLE),
-            ("With debug checks", [("x86_64", "gcc", "debug"), ("x86_64", "llvm", "debug")], OTHER_TABLE),
-            ("arm64", [("arm64", "gcc", "production"), ("arm64", "gcc", "debug")], ARM64_TABLE)):
-        variants = [variant for variant in variants if variant in results.variants]
+    for variant in results.variants:
         table = []
-        for label, case, what, each in wanted_rows:
-            cells_of_row, found = [label], False
-            for variant in variants:
-                values = []
-                for impl in "c", "rust":
-                    value, star = figure_of(results, variant, impl, case, what)
-                    value = value if value is None or not each else value / case[2]
-                    if value is not None and star:
-                        value = rounded(value, 3)
-                    values.append(value)
-                    cells_of_row.append(number(value).replace("-", "\\-", value is None) + star * (value is not None))
-                    found |= value is not None
-                if len(variants) == 1:
-                    cells_of_row.append(quotient_of(*values))
-            if found:
-                table.append(cells_of_row)
-        names = [f"{compiler} {config}" for _, compiler, config in variants]
-        headings = ["Work", "C", "Rust", "Rust / C"] if len(variants) == 1 else \
-            ["Work", *(f"{name} {impl}" for name in names for impl in ("C", "Rust"))]
-        if table:
-            print(f"\n{title}\n")
-            rst_table(headings, table)
-        for variant in variants:
-            if host := list(host_table(results, variant)):
-                print(f"\n1 TiB in millions of instructions, {' '.join(variant)}\n")
-                rst_table(["Work", "C", "Rust", "Rust / C"], host)
-            if faster := on_two_cpus(results, variant):
-                print(f"\n4,000 adjacent of 2 MiB, late on two CPUs: {faster:.1f} times as fast as on one")
+        for label, case, what, each in ARM64_TABLE if variant[0] == "arm64" else MAIN_TABLE:
+            values, shown = [], []
+            for impl in "c", "rust":
+                value, star = figure_of(results, variant, impl, case, what)
+                value = value if value is None or not each else value / case[2]
+                if value is not None and star:
+                    value = rounded(value, 3)
+                values.append(value)
+                shown.append("\\-" if value is None else number(value) + star)
+            if values != [None, None]:
+                table.append([label, *shown, quotient_of(*values)])
+        print(f"\n{', '.join(variant)}\n")
+        rst_table(["Work", "C", "Rust", "Rust / C"], table)
+        if host := list(host_table(results, variant)):
+            print(f"\n1 TiB in millions of instructions, {' '.join(variant)}\n")
+            rst_table(["Work", "C", "Rust", "Rust / C"], host)
+        if faster := on_two_cpus(results, variant):
+            print(f"\n4,000 adjacent of 2 MiB, late on two CPUs: {faster:.1f} times as fast as on one")
 
 
 def quotient_of(c, rust):
