@@ -101,7 +101,10 @@ mod kho_word;
 #[path = "kunit/mod.rs"]
 mod kunit;
 
-use kho_key::Key;
+use kho_key::{
+    Block,
+    Key, //
+};
 use kho_memblock::Memblock;
 use kho_nodemem::Direct;
 use kho_radix::{
@@ -216,9 +219,10 @@ unsafe extern "C" fn kho_scratch_overlap(phys: u64, size: usize) -> bool {
 #[export]
 unsafe extern "C" fn kho_preserve_folio(folio: *mut bindings::folio) -> c_int {
     // SAFETY: By the caller's contract.
-    let block = unsafe { kho_mm::folio_block(folio) };
-    errno(match block {
-        Some(block) => kho_pages::preserve(block),
+    let place = unsafe { kho_mm::folio_place(folio) };
+    // A folio starts at a multiple of its size, so that this need not be checked.
+    errno(match place {
+        Some((pfn, order)) => kho_pages::preserve(Block::around(pfn, order)),
         None => Err(EINVAL),
     })
 }
@@ -233,8 +237,8 @@ unsafe extern "C" fn kho_preserve_folio(folio: *mut bindings::folio) -> c_int {
 #[export]
 unsafe extern "C" fn kho_unpreserve_folio(folio: *mut bindings::folio) {
     // SAFETY: By the caller's contract.
-    if let Some(block) = unsafe { kho_mm::folio_block(folio) } {
-        kho_pages::unpreserve(block);
+    if let Some((pfn, order)) = unsafe { kho_mm::folio_place(folio) } {
+        kho_pages::unpreserve(Key::around(pfn, order));
     }
 }
 

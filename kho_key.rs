@@ -165,17 +165,23 @@ impl Block {
         Some(Self { pfn, order })
     }
 
+    /// Returns the block of `order` that has frame `pfn`.
+    #[inline]
+    pub(crate) const fn around(pfn: Pfn, order: Order) -> Self {
+        // INVARIANT: The low bits are cleared; a smaller number stays a frame number.
+        Self {
+            pfn: Pfn(pfn.get() & !order.mask()),
+            order,
+        }
+    }
+
     /// Returns the block of `order` that `self` lies in, or `self` if `order` is not larger.
     #[inline]
     pub(crate) const fn enclosing(self, order: Order) -> Self {
         if order.get() <= self.order.get() {
             return self;
         }
-        // INVARIANT: The low bits are cleared; a smaller number stays a frame number.
-        Self {
-            pfn: Pfn(self.pfn.get() & !order.mask()),
-            order,
-        }
+        Self::around(self.pfn, order)
     }
 
     /// Returns the first frame.
@@ -236,11 +242,17 @@ impl Key {
     /// Returns the key of `block`.
     #[inline]
     pub(crate) const fn of(block: Block) -> Self {
-        let order = block.order().get();
+        Self::around(block.pfn(), block.order())
+    }
+
+    /// Returns the key of the block of `order` that has frame `pfn`.
+    #[inline]
+    pub(crate) const fn around(pfn: Pfn, order: Order) -> Self {
+        let order = order.get();
         // INVARIANT: The order's bit is at most bit `PFN_BITS`, and the shifted frame number lies
         // below it.
         let bit = 1u64.wrapping_shl(PFN_BITS.wrapping_sub(order));
-        Self(bit | block.pfn().get().wrapping_shr(order))
+        Self(bit | pfn.get().wrapping_shr(order))
     }
 
     /// Returns the block that the key names, or [`None`] for 0, which names none.

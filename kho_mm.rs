@@ -6,7 +6,6 @@
 //! file's: nobody else reads or writes `page->private` of memory that was taken over.
 
 use super::kho_key::{
-    Block,
     Order,
     Pfn, //
 };
@@ -69,11 +68,11 @@ pub(crate) fn phys<T>(virt: *mut T) -> u64 {
 ///
 /// `folio` must point to a folio that stays what it is during the call.
 #[inline(always)]
-pub(crate) unsafe fn folio_block(folio: *mut bindings::folio) -> Option<Block> {
+pub(crate) unsafe fn folio_place(folio: *mut bindings::folio) -> Option<(Pfn, Order)> {
     // SAFETY: By the caller's contract.
     let folio = unsafe { bindings::kho_glue_folio(folio) };
     // CAST: An order is a small number.
-    Block::new(Pfn::new(folio.pfn as u64)?, Order::new(folio.order as u32)?)
+    Some((Pfn::new(folio.pfn as u64)?, Order::new(folio.order as u32)?))
 }
 
 /// Returns the frames of `count` struct pages from `page` on.

@@ -64,9 +64,12 @@ pub(crate) fn preserve(block: Block) -> Result {
         kho_place::check_place(Frames::of_block(block))?;
     }
     let tree = kho_state::out_tree().ok_or(EOPNOTSUPP)?;
-    match tree.add(Key::of(block)) {
+    let key = Key::of(block);
+    match tree.add(key) {
         Ok(true) => {
-            kho_trace::preserve(Frames::of_block(block));
+            if kho_trace::preserve_is_on() {
+                trace_key(key, kho_trace::preserve);
+            }
             Ok(())
         }
         Ok(false) => Err(EEXIST),
@@ -80,24 +83,35 @@ fn preserve_block(block: Block) -> Result {
     preserve(block)
 }
 
-/// Undoes [`preserve`]. With KHO off there is nothing to undo.
+/// Undoes [`preserve`] for the block of a key. With KHO off there is nothing to undo.
 #[inline(always)]
-pub(crate) fn unpreserve(block: Block) {
+pub(crate) fn unpreserve(key: Key) {
     let Some(tree) = kho_state::out_tree() else {
         return;
     };
-    match tree.remove(Key::of(block)) {
+    match tree.remove(key) {
         Removal::Removed => {}
         Removal::Emptied => kho_nodemem::schedule_prune(),
-        Removal::Absent => return complain_absent(Key::of(block)),
+        Removal::Absent => return complain_absent(key),
     }
-    kho_trace::unpreserve(Frames::of_block(block));
+    if kho_trace::unpreserve_is_on() {
+        trace_key(key, kho_trace::unpreserve);
+    }
+}
+
+/// Traces an event about the block of a key, which the caller has at hand anyway.
+#[cold]
+#[inline(never)]
+fn trace_key(key: Key, event: fn(Frames)) {
+    if let Some(block) = key.block() {
+        event(Frames::of_block(block));
+    }
 }
 
 /// As [`unpreserve`], out of line, for callers that are not the fast path.
 #[inline(never)]
 fn unpreserve_block(block: Block) {
-    unpreserve(block);
+    unpreserve(Key::of(block));
 }
 
 /// Preserves a range of single pages, all of it or nothing.
@@ -205,16 +219,25 @@ pub(crate) fn restore_folio(phys: u64) -> Option<*mut bindings::folio> {
     if kho_takeover::is_pending() {
         initialise_folio(phys);
     }
-    let pfn = phys >> PAGE_SHIFT;
-    if let Some(page) = Page::online(pfn) {
+    if let Some(page) = Page::online(phys >> PAGE_SHIFT) {
         // A range of pages may have been preserved in one block that is too large for a folio.
         if let Some((folio, order)) = page.take_folio() {
-            kho_trace::restore(Frames::between(pfn, pfn.saturating_add(order.pages())));
+            if kho_trace::restore_is_on() {
+                trace_restored(page, order);
+            }
             return Some(folio);
         }
     }
     kho_log::complain(Complaint::NothingToRestore, phys);
     None
+}
+
+#[cold]
+#[inline(never)]
+fn trace_restored(page: Page, order: Order) {
+    // SAFETY: A page has a struct page.
+    let frames = unsafe { kho_mm::page_frames(page.as_ptr(), order.pages() as usize) };
+    frames.into_iter().for_each(kho_trace::restore);
 }
 
 /// Has the struct pages of a folio initialised, as far as that is still to be done.
@@ -343,9 +366,9 @@ pub(crate) unsafe fn unpreserve_free(mem: *mut c_void) {
         return;
     };
     // SAFETY: By the caller's contract it is a folio.
-    let block = unsafe { kho_mm::folio_block(bindings::kho_glue_virt_to_folio(mem)) };
-    if let Some(block) = block {
-        unpreserve_block(block);
+    let place = unsafe { kho_mm::folio_place(bindings::kho_glue_virt_to_folio(mem)) };
+    if let Some((pfn, order)) = place {
+        unpreserve_block(Block::around(pfn, order));
     }
     // SAFETY: By the caller's contract it has no other user.
     unsafe { kho_mm::free_folio(folio) };

@@ -617,8 +617,11 @@ impl<M: NodeMem> Tree<M> {
     #[inline(always)]
     fn search(&self, guard: &M::Guard<'_>, key: Key) -> Option<&Node> {
         let hint = guard.hints().of(key);
-        let Some(table) = hint.table_for(guard.generation(), self.root, key) else {
-            return self.search_from_root(guard, key);
+        let generation = guard.generation();
+        let Some(table) = hint.table_for(generation, self.root, key) else {
+            let tree = Self::from_root(self.mem, self.root);
+            let leaf = tree.search_from_root(hint, generation, key)?;
+            return Some(self.mem.node(leaf));
         };
         let leaf = self.child(table, key, 1).ok()?;
         // INVARIANT: It has just been found. No node is taken away under the guard, and the
@@ -627,14 +630,14 @@ impl<M: NodeMem> Tree<M> {
         Some(self.mem.node(leaf))
     }
 
+    // By value, so that neither the tree nor the guard need be in memory for `search()`.
     #[inline(never)]
-    fn search_from_root(&self, guard: &M::Guard<'_>, key: Key) -> Option<&Node> {
+    fn search_from_root(self, hint: &Hint, generation: u64, key: Key) -> Option<NodeAddr> {
         let table = self.locate_table(key).ok()?;
         let leaf = self.child(table, key, 1).ok()?;
-        let hint = guard.hints().of(key);
         // INVARIANT: As above.
-        hint.remember(guard.generation(), self.root, key, table, leaf);
-        Some(self.mem.node(leaf))
+        hint.remember(generation, self.root, key, table, leaf);
+        Some(leaf)
     }
 
     /// Adds `key`; returns whether it is new. May sleep.

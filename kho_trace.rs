@@ -6,6 +6,11 @@
 //! of which parts are not preserved is unpreserved, each part between those has one.
 
 use super::kho_range::Frames;
+#[cfg(CONFIG_TRACEPOINTS)]
+use kernel::{
+    bindings,
+    jump_label::static_branch_unlikely, //
+};
 use kernel::{
     ffi::c_ulong,
     tracepoint::declare_trace, //
@@ -32,6 +37,27 @@ declare_trace! {
     /// Always safe to call.
     unsafe fn kho_takeover(runs: c_ulong, nr_pages: c_ulong, nodes: c_ulong);
 }
+
+/// Makes a function that returns whether a tracepoint is on, by the same static branch. On the path
+/// of each folio, nothing may be kept just for an event: that costs instructions while it is off.
+macro_rules! is_on {
+    ($name:ident, $tracepoint:ident) => {
+        #[inline(always)]
+        pub(crate) fn $name() -> bool {
+            // SAFETY: It is always okay to look at the static key of a tracepoint.
+            #[cfg(CONFIG_TRACEPOINTS)]
+            return unsafe {
+                static_branch_unlikely!(bindings::$tracepoint, bindings::tracepoint, key)
+            };
+            #[cfg(not(CONFIG_TRACEPOINTS))]
+            return false;
+        }
+    };
+}
+
+is_on!(preserve_is_on, __tracepoint_kho_preserve);
+is_on!(unpreserve_is_on, __tracepoint_kho_unpreserve);
+is_on!(restore_is_on, __tracepoint_kho_restore);
 
 /// Some frames were preserved.
 #[inline(always)]

@@ -357,7 +357,7 @@ mod radix {
         };
         assert!(tree.add(odd) == Ok(true));
         assert!(is_there());
-        kho_pages::unpreserve(odd.block().ok_or(EINVAL)?);
+        kho_pages::unpreserve(odd);
         // It takes a second and a grace period; a minute is never.
         let mut turns = 0;
         while is_there() && turns < 600 {

@@ -102,6 +102,10 @@ fn blocks_to_keys_and_back() {
             assert!(first <= key && key <= last);
             assert_eq!(key.block(), Some(block));
             for above in Order::all() {
+                let around = Block::around(frame, above);
+                assert_eq!(around.order(), above);
+                assert_eq!(around.pfn().get(), pfn / above.pages() * above.pages());
+                assert_eq!(Key::around(frame, above), Key::of(around));
                 let large = block.enclosing(above);
                 let pages = above.max(at).pages();
                 assert_eq!(large.order(), above.max(at));
