@@ -44,8 +44,8 @@ macro_rules! is_on {
     ($name:ident, $tracepoint:ident) => {
         #[inline(always)]
         pub(crate) fn $name() -> bool {
-            // SAFETY: It is always okay to look at the static key of a tracepoint.
             #[cfg(CONFIG_TRACEPOINTS)]
+            // SAFETY: It is always okay to look at the static key of a tracepoint.
             return unsafe {
                 static_branch_unlikely!(bindings::$tracepoint, bindings::tracepoint, key)
             };
