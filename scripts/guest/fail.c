@@ -177,8 +177,7 @@ static void account(const char *when)
 	put("/proc/sys/vm/drop_caches", "3");
 	/* Empty nodes go a second later. */
 	sleep(2);
-	printf("fail pages %s %ld, %ld nodes\n", when, sum("/proc/zoneinfo", "nr_free_pages") +
-	       sum("/proc/zoneinfo", "count:"), sum(SUMMARY, "nodes:"));
+	printf("fail pages %s %ld, %ld nodes\n", when, settled(count_free), sum(SUMMARY, "nodes:"));
 }
 
 static int new_file(int number)

@@ -23,6 +23,8 @@ void fail_after(void);
 void content(int fd, int file, long version, long size, int write);
 /* The sum of the numbers that follow a word in a file. */
 long sum(const char *name, const char *word);
+long count_free(void);
+long settled(long (*count)(void));
 void put(const char *name, const char *text);
 /* churn: what lets sessions come and go, returns 0 if all went well. */
 void soak_hop(unsigned long seed, long hop, int (*churn)(int rounds));

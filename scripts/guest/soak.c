@@ -28,8 +28,16 @@
 #define LARGEST		24
 /* Rounds of sessions that come and go while those of the hop are filled. */
 #define CHURN		4
-/* Memory that is left to other programs, and as much again to the files that grow. */
+/* Memory that is never overwritten, for other programs ... */
 #define LEFT		(48L << 20)
+/*
+ * ... and what is given back for files. The first hop writes some 45 MiB, in huge pages twice as
+ * much, and half of what is free may be scratch, which slab cannot use.
+ */
+#define ROOM		(144L << 20)
+/* Two readings in a row that differ by no more pages than this agree. */
+#define AGREE		32
+#define READINGS	100
 
 /* What becomes of a file: it stays, is written anew, is closed, is not even taken back. */
 enum fate { KEEP, CHANGE, RELEASE, DISCARD };
@@ -124,7 +132,8 @@ void content(int fd, int file, long version, long size, int write)
 	}
 }
 
-long sum(const char *name, const char *word)
+/* Adds up the numbers behind either of two words. */
+static long sum2(const char *name, const char *word, const char *other)
 {
 	FILE *file = fopen(name, "r");
 	char text[64];
@@ -133,10 +142,40 @@ long sum(const char *name, const char *word)
 	if (!file)
 		err(1, "%s", name);
 	while (fscanf(file, "%63s", text) == 1)
-		if (!strcmp(text, word) && fscanf(file, "%ld", &one) == 1)
+		if ((!strcmp(text, word) || !strcmp(text, other)) && fscanf(file, "%ld", &one) == 1)
 			all += one;
 	fclose(file);
 	return all;
+}
+
+long sum(const char *name, const char *word)
+{
+	return sum2(name, word, word);
+}
+
+/* How many pages are free, in the buddy allocator or on the lists of a CPU. */
+long count_free(void)
+{
+	return sum2("/proc/zoneinfo", "nr_free_pages", "count:");
+}
+
+/*
+ * What a count of pages is when two readings agree. For some milliseconds thousands are on
+ * their way from a CPU's lists to the buddy allocator, isolated by kcompactd, or behind the end
+ * of a file in a huge page that is being split: one reading may miss them or count them twice.
+ */
+long settled(long (*count)(void))
+{
+	long last = -1, now = -1;
+
+	for (int reading = 0; reading < READINGS; reading++) {
+		last = now;
+		now = count();
+		if (last >= 0 && labs(now - last) <= AGREE)
+			return now;
+		usleep(10000);
+	}
+	errx(1, "a count of pages does not settle: %ld, then %ld", last, now);
 }
 
 void put(const char *name, const char *text)
@@ -183,7 +222,7 @@ static pid_t press(void)
 		if (mem == MAP_FAILED)
 			err(1, "%ld bytes", size);
 		memset(mem, 0x55, size);
-		munmap(mem, LEFT);
+		munmap(mem, ROOM);
 		if (write(ready[1], "", 1) != 1)
 			err(1, "memory pressure");
 		for (;;)
@@ -268,6 +307,11 @@ static long count_pages(void)
 	return pages;
 }
 
+static long count_free_and_held(void)
+{
+	return count_free() + count_pages();
+}
+
 /* Preserves the files, from all processors at once, while other sessions come and go. */
 static void preserve(long hop, int (*churn)(int rounds))
 {
@@ -338,10 +382,9 @@ void soak_hop(unsigned long its_seed, long hop, int (*churn)(int rounds))
 	sync();
 	/* What huge pages have behind the end of a file may go with the caches. */
 	put("/proc/sys/vm/drop_caches", "3");
-	held = count_pages();
 	printf("soak pages %ld in all, %ld free or in files\n",
-	       sum("/proc/meminfo", "MemTotal:") / (PAGE >> 10),
-	       sum("/proc/zoneinfo", "nr_free_pages") + sum("/proc/zoneinfo", "count:") + held);
+	       sum("/proc/meminfo", "MemTotal:") / (PAGE >> 10), settled(count_free_and_held));
+	held = count_pages();
 	preserve(hop, churn);
 	printf("soak preserved %ld pages from %ld processors\n", held, cpus);
 	hold();

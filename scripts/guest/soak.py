@@ -66,6 +66,14 @@ def measure(run, stage):
 
 def through(log, kernels, hops, seed, broken="", show=False):
     """Goes through the kernels, [(name, image)] in turn; returns lines about it."""
+    try:
+        return chain(log, kernels, hops, seed, broken, show)
+    except Fail as fail:
+        raise Fail(f"{fail}; seed {seed}") from fail
+
+
+def chain(log, kernels, hops, seed, broken, show):
+    """As through(); what failed does not name the seed."""
     count = len(kernels)
     names = [kernels[stage % count][0] for stage in range(hops + 1)]
     with Guest(log, kernels[0][1], **dict(kernels)) as guest:
@@ -107,7 +115,7 @@ def main(log, broken, hops, seed, *kernels):
         lines = through(Path(log), [tuple(word.split(":", 1)) for word in kernels], int(hops), int(seed),
                         broken, show=True)
     except Fail as fail:
-        print(f"soak: FAIL ({fail}; seed {seed}, log at {log})")
+        print(f"soak: FAIL ({fail}, log at {log})")
         return 1
     print("\n".join(lines))
     print("soak: PASS")
