@@ -84,7 +84,8 @@ help:
 	@echo 'CONFIG=<.config>  your own configuration, to which what the guests need is added'
 	@echo '                (run, vm, shell, test, kernel)'
 	@echo 'TARBALL=<file> SHA256=<sum>  a release of Linux 7.3 that you have fetched'
-	@echo 'LLVM=1          build with clang and lld instead of gcc'
+	@echo 'LLVM=1          build with clang and lld instead of gcc (kernel, run, vm, shell, soak;'
+	@echo '                test and bench choose themselves)'
 	@echo 'ARCH=arm64      build for arm64 instead of x86_64 (kernel only)'
 	@echo 'CACHE=<dir>     where everything is built (default: ~/.cache/kho)'
 

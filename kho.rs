@@ -2,16 +2,17 @@
 
 //! Kexec handover (KHO): memory that survives a kexec.
 //!
-//! This is the crate's root: its modules, and what C calls. The entry points convert and call; what
-//! is done is in the modules. Each module uses only those above it here, or beside it on the left:
+//! This is the crate's root: its modules, and what C calls. Entry points only convert arguments
+//! and results; the work is done in the modules. Each module uses only those above it here, or
+//! beside it on the left:
 //!
 //! ```text
 //!  pure         kho_key kho_word kho_param   frames, orders and keys; words; kho_scratch=
 //!               kho_radix kho_range kho_fdt  the tree; ranges; rules for the root FDT
 //!               kho_grain kho_check          sets of frames; is the incoming tree sound?
-//!  kernel side  kho_log kho_trace            complaints; tracepoints
+//!  kernel side  kho_log kho_trace            rate-limited warnings; tracepoints
 //!               kho_place kho_libfdt         memory that cannot be preserved; FDTs
-//!               kho_mm kho_memblock          direct map, struct pages, marks; the door to memblock
+//!               kho_mm kho_memblock          direct map, struct pages, marks; memblock
 //!               kho_nodemem kho_scratch      memory for tree nodes; scratch areas
 //!               kho_state kho_struct_pages   what is handed over, in and out; its struct pages
 //!               kho_takeover                 memory that is withheld until it is restored
@@ -23,13 +24,13 @@
 //! ```
 //!
 //! The pure modules use nothing but `core`, have no `unsafe`, and are tested on the host, too.
-//! Every call of C is in a kernel-side or policy module; a policy module calls C itself only where
-//! there is no rule to keep, and says why it may.
+//! Calls into C are in the kernel-side modules. A policy module, or this file, makes one itself
+//! only where there is no rule to keep, and says why it may.
 //!
 //! Functions that run only while the kernel boots are in `.init.text`, one by one: a crate has no
 //! neater way to say so.
 //!
-//! # What callers keep to
+//! # Rules for callers
 //!
 //! A function that may sleep says so. It must not be called from an interrupt, with preemption
 //! disabled, with a spinlock held or inside an RCU read-side section; a kernel with
@@ -38,7 +39,7 @@
 //! Functions that preserve something return 0 or one of these errors, and preserve all of it or
 //! nothing:
 //!
-//! - `-EOPNOTSUPP`: KHO is off, or not up yet, which it is from the `fs_initcall` on.
+//! - `-EOPNOTSUPP`: KHO is off, or called before its `fs_initcall`.
 //! - `-EINVAL`: the arguments name no memory, or memory of which a part lies in a scratch area.
 //!   The next kernel boots in there; movable memory has to be pinned before it is preserved.
 //! - `-EADDRNOTAVAIL`: a part of the memory was plugged in after this kernel had booted. The next
@@ -47,8 +48,8 @@
 //!   give up.
 //! - `-ENOMEM`: there is no memory for nodes of the tree.
 //!
-//! Memory that is preserved stays its owner's. The owner must keep it allocated and in place for as
-//! long as it is preserved. In the next kernel it belongs to nobody until it is restored, and then
+//! Preserved memory still belongs to its owner. The owner must keep it allocated and in place for
+//! as long as it is preserved. In the next kernel it belongs to nobody until it is restored, and then
 //! to the caller that restored it. Regions of `reserve_mem=` that the next kernel asks for, too,
 //! are an exception: they are their users' from boot on, and cannot be restored.
 //!

@@ -11,10 +11,10 @@
 //!                                       reserved, see kho_scratch
 //! ```
 //!
-//! A handover that is refused is named in one line, and the kernel boots as if there were none.
-//! What the readable part of it names is kept, though, if that leaves the machine enough memory: a
-//! device may still be writing there. Where nothing is kept, scratch areas that leave too little
-//! memory are given up as well.
+//! If a handover is refused, one line in the log says why, and the kernel boots as if there were
+//! none. What the readable part of it names is kept, though, if that leaves the machine enough
+//! memory: a device may still be writing there. Where nothing is kept, scratch areas that leave too
+//! little memory are given up as well.
 //!
 //! Everything here is `__init`; it runs on one CPU, before there is anything else. The statics are
 //! this file's own.

@@ -2,7 +2,7 @@
 /*
  * The part of kexec handover that only C can express: exports, parameters and
  * initcalls, tracepoints, statics with lock initialisers, and inline functions of
- * <linux/mm.h> and friends under a name that Rust can call.  No decision is taken
+ * <linux/mm.h> and friends under a name that Rust can call.  There is no policy
  * here.
  */
 

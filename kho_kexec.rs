@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The outgoing side: the tree and the FDT are set up once, and each image gets to know them.
+//! The outgoing side: the tree and the FDT are set up once, and passed to each image.
 //!
 //! Also the note that each kernel leaves for the next one, and the places for segments of an image.
-//! `kexec_file_load()` holds kexec's lock meanwhile.
+//! The functions for images run under the lock that `kexec_file_load()` holds.
 
 use super::kho_libfdt::RootFdt;
 use super::kho_mm;

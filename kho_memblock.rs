@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The only door to memblock: where memory is, who has reserved it, and reserving it.
+//! All calls to memblock: where memory is, whether it is reserved, and reserving it.
 //!
-//! All of it is methods of [`Memblock`], which exists while memblock does. Frames that a region
-//! has only a part of count as not there.
+//! They are methods of [`Memblock`], which exists while memblock does. A frame that is only partly
+//! inside a region is ignored.
 
 use super::kho_check::{
     Machine,

@@ -11,8 +11,8 @@
 //!                        free()      or for any use, if there will be no handover
 //! ```
 //!
-//! All that scratch is for is that the next kernel boots in it. What this one took to boot is what
-//! tells how much that will be.
+//! Scratch is the memory that the next kernel boots in. Its size is estimated from what this kernel
+//! used to boot.
 //!
 //! Everything here is `__init`.
 

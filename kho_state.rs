@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What this kernel was handed over, what it hands over, and whether it does at all.
+//! The incoming and the outgoing handover, and whether KHO is on.
 //!
 //! The statics are this file's. While booting they are set by [`kho_boot`](super::kho_boot) and
 //! [`kho_kexec`](super::kho_kexec); after that only the contents of the outgoing tree and FDT

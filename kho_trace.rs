@@ -2,8 +2,8 @@
 
 //! Tracepoints, in `events/kho/` of tracefs: a static branch that is not taken while they are off.
 //!
-//! Only what succeeded is traced. A range has one event, whatever blocks it is cut into. When one
-//! of which parts are not preserved is unpreserved, each part between those has one.
+//! Only what succeeded is traced. A range has one event, whatever blocks it is cut into.
+//! Unpreserving a range with holes has one event for each preserved part.
 
 use super::kho_range::Frames;
 #[cfg(CONFIG_TRACEPOINTS)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0
-"""A virtual machine (VM) that lives through kexecs of its host; scripts/vm runs it.
+"""A virtual machine (VM) that survives kexecs of its host; scripts/vm runs it.
 
 A guest is the host: its init, vm-host.c, runs a stock QEMU with the VM of vm-kernel.c.
 What the VM prints, and the moments of each step, come back in the result of the guest.
