@@ -796,11 +796,13 @@ impl<M: NodeMem> Tree<M> {
     }
 
     /// Returns the leaf for `key`, if there is one.
+    #[inline(always)]
     pub(crate) fn find_leaf(&self, key: Key) -> Option<&Node> {
         self.find(key).ok()
     }
 
     /// Returns the leaf for `key`, made if need be. Nobody else may be in the tree.
+    #[link_section = ".init.text"]
     pub(crate) fn leaf(&self, key: Key) -> Result<&Node, NoMemory> {
         if let Some(leaf) = self.find_leaf(key) {
             return Ok(leaf);
