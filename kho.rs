@@ -219,7 +219,7 @@ unsafe extern "C" fn kho_scratch_overlap(phys: u64, size: usize) -> bool {
 /// `folio` must point to a folio that the caller keeps as it is until it is unpreserved.
 #[export]
 unsafe extern "C" fn kho_preserve_folio(folio: *mut bindings::folio) -> c_int {
-    // SAFETY: By the caller's contract.
+    // SAFETY: `folio` is a folio that the caller keeps as it is.
     let place = unsafe { kho_mm::folio_place(folio) };
     // A folio starts at a multiple of its size, so that this need not be checked.
     errno(match place {
@@ -237,7 +237,7 @@ unsafe extern "C" fn kho_preserve_folio(folio: *mut bindings::folio) -> c_int {
 /// `folio` must point to the folio, as it was when it was preserved.
 #[export]
 unsafe extern "C" fn kho_unpreserve_folio(folio: *mut bindings::folio) {
-    // SAFETY: By the caller's contract.
+    // SAFETY: `folio` is a folio that the caller keeps as it is.
     if let Some((pfn, order)) = unsafe { kho_mm::folio_place(folio) } {
         kho_pages::unpreserve(Key::around(pfn, order));
     }
@@ -254,7 +254,7 @@ unsafe extern "C" fn kho_unpreserve_folio(folio: *mut bindings::folio) {
 /// `page` must point to the first of `nr_pages` pages.
 #[export]
 unsafe extern "C" fn kho_preserve_pages(page: *mut bindings::page, nr_pages: usize) -> c_int {
-    // SAFETY: By the caller's contract.
+    // SAFETY: `page` is a struct page.
     let frames = unsafe { kho_mm::page_frames(page, nr_pages) };
     errno(frames.ok_or(EINVAL).and_then(kho_pages::preserve_frames))
 }
@@ -268,7 +268,7 @@ unsafe extern "C" fn kho_preserve_pages(page: *mut bindings::page, nr_pages: usi
 /// As [`kho_preserve_pages`], with the same arguments.
 #[export]
 unsafe extern "C" fn kho_unpreserve_pages(page: *mut bindings::page, nr_pages: usize) {
-    // SAFETY: By the caller's contract.
+    // SAFETY: `page` is a struct page.
     if let Some(frames) = unsafe { kho_mm::page_frames(page, nr_pages) } {
         kho_pages::unpreserve_frames(frames);
     }
@@ -310,7 +310,7 @@ unsafe extern "C" fn kho_preserve_vmalloc(
 ) -> c_int {
     errno(kho_vmalloc::preserve(ptr).map(|result| {
         // A property of an FDT is aligned to four bytes.
-        // SAFETY: By the caller's contract.
+        // SAFETY: The caller lends us the record for writing.
         unsafe { preservation.write_unaligned(result) };
     }))
 }
@@ -324,7 +324,7 @@ unsafe extern "C" fn kho_preserve_vmalloc(
 /// `preservation` must be what `kho_preserve_vmalloc()` wrote, and not be used after this.
 #[export]
 unsafe extern "C" fn kho_unpreserve_vmalloc(preservation: *mut bindings::kho_vmalloc) {
-    // SAFETY: By the caller's contract.
+    // SAFETY: The record is one that preserving has written, and is not used again.
     unsafe { kho_vmalloc::unpreserve(preservation.read_unaligned()) };
 }
 
@@ -358,7 +358,7 @@ unsafe extern "C" fn kho_alloc_preserve(size: usize) -> *mut c_void {
 /// `mem` must be null or come from `kho_alloc_preserve()`, and not be used after this.
 #[export]
 unsafe extern "C" fn kho_unpreserve_free(mem: *mut c_void) {
-    // SAFETY: By the caller's contract.
+    // SAFETY: `mem` is what `kho_alloc_preserve()` returned, and is not used again.
     unsafe { kho_pages::unpreserve_free(mem) };
 }
 
@@ -411,7 +411,7 @@ unsafe extern "C" fn kho_restore_pages(phys: u64, nr_pages: usize) -> *mut bindi
 unsafe extern "C" fn kho_restore_vmalloc(
     preservation: *const bindings::kho_vmalloc,
 ) -> *mut c_void {
-    // SAFETY: By the caller's contract.
+    // SAFETY: The caller lends us the record for reading.
     let preservation = unsafe { preservation.read_unaligned() };
     kho_vmalloc::restore(preservation).unwrap_or(ptr::null_mut())
 }
@@ -459,7 +459,7 @@ unsafe extern "C" fn kho_restore_free(mem: *mut c_void) {
 /// `name` must be a string that ends with a NUL.
 #[export]
 unsafe extern "C" fn kho_add_subtree(name: *const c_char, blob: *mut c_void, size: usize) -> c_int {
-    // SAFETY: By the caller's contract.
+    // SAFETY: `name` is a string that ends with a NUL.
     errno(unsafe { kho_state::add_subtree(name, blob, size) })
 }
 
@@ -494,13 +494,13 @@ unsafe extern "C" fn kho_retrieve_subtree(
     phys: *mut u64,
     size: *mut usize,
 ) -> c_int {
-    // SAFETY: By the caller's contract.
+    // SAFETY: `name` is a string that ends with a NUL.
     let blob = unsafe { kho_state::subtree(name) };
     errno(blob.and_then(|blob| {
         if phys.is_null() {
             return Err(EINVAL);
         }
-        // SAFETY: By the caller's contract.
+        // SAFETY: Each pointer is null or may be written to.
         unsafe {
             phys.write(blob.phys);
             if !size.is_null() {
@@ -602,7 +602,7 @@ unsafe extern "C" fn kho_rs_parse_enable(arg: *mut c_char) -> c_int {
 #[export]
 #[link_section = ".init.text"]
 unsafe extern "C" fn kho_rs_parse_scratch(arg: *mut c_char) -> c_int {
-    // SAFETY: By the caller's contract.
+    // SAFETY: `arg` is null or a string that ends with a NUL.
     unsafe { kho_scratch::parse(arg) };
     // `parse()` has reported a bad value.
     0
@@ -681,7 +681,7 @@ unsafe extern "C" fn kho_rs_sum_up() {
 #[cfg(CONFIG_KEXEC_HANDOVER_DEBUGFS)]
 #[export]
 unsafe extern "C" fn kho_rs_summary(file: *mut bindings::seq_file) {
-    // SAFETY: By the caller's contract.
+    // SAFETY: `file` is being read, by nobody else.
     kho_summary::show(unsafe { kernel::seq_file::SeqFile::from_raw(file) });
 }
 
@@ -697,7 +697,7 @@ unsafe extern "C" fn kho_rs_summary(file: *mut bindings::seq_file) {
 /// `image` must point to an image that is being loaded.
 #[export]
 unsafe extern "C" fn kho_fill_kimage(image: *mut bindings::kimage) -> c_int {
-    // SAFETY: By the caller's contract.
+    // SAFETY: `image` is an image that is being loaded, under kexec's lock.
     errno(unsafe { kho_kexec::fill_image(image) })
 }
 
@@ -717,7 +717,7 @@ unsafe extern "C" fn kho_locate_mem_hole(
     let Some(func) = func else {
         return EINVAL.to_errno();
     };
-    // SAFETY: By the caller's contract.
+    // SAFETY: `kbuf` is a buffer of an image that is being loaded, which `func` knows.
     match unsafe { kho_kexec::locate_hole(kbuf, func) } {
         None => 1,
         Some(result) => errno(result),
@@ -733,13 +733,13 @@ unsafe extern "C" fn kho_locate_mem_hole(
 /// `tree` must point to a tree that `kho_radix_init_tree()` was called for; its root is null or
 /// that of a sound tree, which is not destroyed during the call.
 unsafe fn radix(tree: *const bindings::kho_radix_tree) -> Option<Tree<Direct>> {
-    // SAFETY: By the caller's contract.
+    // SAFETY: `tree` is a tree that stays while this runs.
     let root = unsafe { (*tree).root };
     if warn_on!(root.is_null()) {
         return None;
     }
     let root = NodeAddr::new(kho_mm::phys(root))?;
-    // SAFETY: By the caller's contract it is sound.
+    // SAFETY: By the caller's contract the tree is sound.
     Some(Tree::from_root(unsafe { Direct::new() }, root))
 }
 
@@ -754,7 +754,7 @@ unsafe fn radix(tree: *const bindings::kho_radix_tree) -> Option<Tree<Direct>> {
 /// As [`radix`].
 #[export]
 unsafe extern "C" fn kho_radix_add_key(tree: *mut bindings::kho_radix_tree, key: usize) -> c_int {
-    // SAFETY: By the caller's contract.
+    // SAFETY: `tree` was initialised, and is not destroyed during the call.
     let Some(tree) = (unsafe { radix(tree) }) else {
         return EINVAL.to_errno();
     };
@@ -774,7 +774,7 @@ unsafe extern "C" fn kho_radix_add_key(tree: *mut bindings::kho_radix_tree, key:
 /// As [`radix`].
 #[export]
 unsafe extern "C" fn kho_radix_del_key(tree: *mut bindings::kho_radix_tree, key: usize) {
-    // SAFETY: By the caller's contract.
+    // SAFETY: `tree` was initialised, and is not destroyed during the call.
     if let (Some(tree), Some(key)) = (unsafe { radix(tree) }, Key::new(key as u64)) {
         if tree.remove(key) == Removal::Absent {
             kho_log::complain(kho_log::Complaint::NoKey, key.get());
@@ -827,7 +827,7 @@ unsafe extern "C" fn kho_radix_init_tree(
 /// As [`radix`]; nobody may be using the tree.
 #[export]
 unsafe extern "C" fn kho_radix_destroy_tree(tree: *mut bindings::kho_radix_tree) {
-    // SAFETY: By the caller's contract.
+    // SAFETY: `tree` was initialised, and nobody else is using it.
     unsafe {
         if !(*tree).root.is_null() {
             if let Some(nodes) = radix(tree) {
@@ -854,12 +854,12 @@ unsafe extern "C" fn kho_radix_walk_tree(
     cb: *const bindings::kho_radix_walk_cb,
     data: *mut c_void,
 ) -> c_int {
-    // SAFETY: By the caller's contract.
+    // SAFETY: `tree` was initialised, and is not destroyed during the call.
     let Some(tree) = (unsafe { radix(tree) }) else {
         return EINVAL.to_errno();
     };
     let mut walk = CWalk {
-        // SAFETY: By the caller's contract.
+        // SAFETY: The callbacks stay during the call, as `data` does.
         cb: unsafe { &*cb },
         data,
         stopped: 0,

@@ -165,7 +165,7 @@ void kho_glue_split(struct page *page, unsigned int order)
 	__ClearPageHead(page);
 }
 
-/* A page of memblock's that outlived it is a reserved one. */
+/* Pages allocated from memblock are still PageReserved. */
 void kho_glue_free_page(phys_addr_t phys)
 {
 	struct page *page = phys_to_page(phys);

@@ -57,7 +57,7 @@ struct kho_glue_folio {
 	unsigned long order;
 };
 
-/* Room for where a CPU found its last leaves, one in a cache line; see kho_radix.rs. */
+/* The hints of a CPU, one in a cache line; see struct Hints in kho_radix.rs. */
 struct kho_glue_hints {
 	u64 words[16][8];
 } __aligned(64);

@@ -27,8 +27,9 @@ use kernel::{
 
 /// Returns the physical addresses and sizes of the scratch areas.
 pub(crate) fn scratch() -> &'static [bindings::kho_scratch] {
-    // SAFETY: Both are written in early boot only, the pointer before the count's areas are looked
-    // at, and the array stays.
+    // SAFETY: The array stays. It and its length change while booting only: in early boot, when
+    // nothing else runs, and in initcalls, before anything can be preserved or has been looked for
+    // there.
     unsafe {
         if bindings::kho_scratch.is_null() {
             return &[];
