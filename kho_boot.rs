@@ -36,7 +36,6 @@ use super::kho_log::{
 use super::kho_memblock::Memblock;
 use super::kho_mm;
 use super::kho_nodemem::Direct;
-use super::kho_place;
 use super::kho_radix::NodeAddr;
 use super::kho_range::Frames;
 use super::kho_scratch;
@@ -208,6 +207,9 @@ fn use_scratch(memblock: Memblock, phys: u64, len: u64) -> Result<(), &'static s
     let areas: &[bindings::kho_scratch] =
         unsafe { core::slice::from_raw_parts(table.virt.cast(), count as usize) };
     check_scratch(areas)?;
+    if !memblock.has_room_for(areas) {
+        return Err("memblock does not take a scratch area");
+    }
     for area in areas {
         // From here on, memblock may need memory for its own arrays, which has to be scratch.
         if memblock.add_scratch(area).is_err() {
@@ -242,8 +244,10 @@ fn check_fdt(memblock: Memblock, phys: u64, len: u64) -> Result<(Fdt, NodeAddr),
 /// Takes the subtrees out of the FDT whose blobs were not preserved whole: nobody may get an
 /// address that the last kernel gave to somebody else.
 #[link_section = ".init.text"]
-fn check_subtrees(fdt: &Fdt, takeover: &Takeover) {
-    for node in fdt.subtrees() {
+fn check_subtrees(fdt: &mut Fdt, takeover: &Takeover) {
+    let mut next = fdt.first_subtree();
+    while let Some(node) = next {
+        next = fdt.next_subtree(node);
         let blob = fdt.blob_at(node);
         let frames =
             blob.and_then(|blob| Frames::covering(blob.phys, blob.size).ok_or(FdtError::Blob));
@@ -275,7 +279,7 @@ pub(crate) fn init_early(memblock: Memblock) {
     // SAFETY: The table was reserved, and its number of areas was set.
     unsafe { bindings::kho_scratch = kho_mm::virt(table) };
     let phys = kho_state::handover().unwrap_or(0);
-    let (fdt, root) = match check_fdt(memblock, phys, fdt_len) {
+    let (mut fdt, root) = match check_fdt(memblock, phys, fdt_len) {
         Ok(found) => found,
         Err(error) => return refuse(memblock, (error.what(), phys)),
     };
@@ -288,7 +292,7 @@ pub(crate) fn init_early(memblock: Memblock) {
     }
     match takeover.stats.refusal {
         Some(refusal) => report_refusal(refusal.what()),
-        None => check_subtrees(&fdt, &takeover),
+        None => check_subtrees(&mut fdt, &takeover),
     }
     match takeover.plan() {
         Ok(Plan::Keep) => {
@@ -348,11 +352,11 @@ pub(crate) fn init(memblock: Memblock) {
             Err(refusal) => refuse(memblock, refusal.what()),
         }
     }
-    match (INHERITED.load(Ordering::Relaxed), kho_state::is_enabled()) {
-        // This kernel hands nothing over, and has no use for scratch.
-        (true, false) => memblock.clear_scratch(kho_place::scratch()),
-        (false, true) if kho_scratch::reserve(memblock).is_err() => kho_state::set_enabled(false),
-        _ => {}
+    if kho_state::is_enabled()
+        && !INHERITED.load(Ordering::Relaxed)
+        && kho_scratch::reserve(memblock).is_err()
+    {
+        kho_state::set_enabled(false);
     }
 }
 

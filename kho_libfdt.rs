@@ -15,6 +15,19 @@ use kernel::{
     prelude::*, //
 };
 
+/// Names of properties.
+const MEMORY_MAP: &CStr = terminated(bindings::KHO_FDT_MEMORY_MAP_PROP_NAME);
+const DATA: &CStr = terminated(bindings::KHO_SUB_TREE_PROP_NAME);
+const SIZE: &CStr = terminated(bindings::KHO_SUB_TREE_SIZE_PROP_NAME);
+
+/// Returns a string constant of C.
+const fn terminated(text: &'static [u8]) -> &'static CStr {
+    match CStr::from_bytes_with_nul(text) {
+        Ok(text) => text,
+        Err(_) => panic!(),
+    }
+}
+
 /// An FDT in memory.
 ///
 /// # Invariants
@@ -28,6 +41,11 @@ pub(crate) struct FdtNode(c_int);
 
 impl FdtNode {
     const ROOT: Self = Self(0);
+
+    /// Returns the node that libfdt found, if it did.
+    fn found(offset: c_int) -> Option<Self> {
+        (offset >= 0).then_some(Self(offset))
+    }
 }
 
 impl Fdt {
@@ -69,12 +87,11 @@ impl Fdt {
         u32::from_be_bytes(size) as usize
     }
 
-    fn property(&self, node: FdtNode, name: &[u8]) -> Option<&[u8]> {
+    fn property(&self, node: FdtNode, name: &CStr) -> Option<&[u8]> {
         let mut len = 0;
-        // SAFETY: By the type invariant this is an FDT, in whose size libfdt stays; `name` ends
-        // with a NUL.
+        // SAFETY: By the type invariant this is an FDT, in whose size libfdt stays.
         unsafe {
-            let value = bindings::fdt_getprop(self.0, node.0, name.as_ptr(), &mut len);
+            let value = bindings::fdt_getprop(self.0, node.0, name.as_char_ptr(), &mut len);
             if value.is_null() {
                 return None;
             }
@@ -88,23 +105,20 @@ impl Fdt {
     /// Checks the root node and returns where it says that the tree is.
     #[link_section = ".init.text"]
     pub(crate) fn memory_map(&self) -> Result<NodeAddr, FdtError> {
-        // SAFETY: As in `property()`.
+        // SAFETY: By the type invariant this is an FDT; the string ends with a NUL.
         let error = unsafe {
             bindings::fdt_node_check_compatible(self.0, 0, bindings::KHO_FDT_COMPATIBLE.as_ptr())
         };
         if error != 0 {
             return Err(FdtError::Compatible);
         }
-        kho_fdt::memory_map(self.property(FdtNode::ROOT, bindings::KHO_FDT_MEMORY_MAP_PROP_NAME))
+        kho_fdt::memory_map(self.property(FdtNode::ROOT, MEMORY_MAP))
     }
 
     /// Returns the blob of a subtree.
     #[inline(never)]
     pub(crate) fn blob_at(&self, node: FdtNode) -> Result<Blob, FdtError> {
-        Blob::from_properties(
-            self.property(node, bindings::KHO_SUB_TREE_PROP_NAME),
-            self.property(node, bindings::KHO_SUB_TREE_SIZE_PROP_NAME),
-        )
+        Blob::from_properties(self.property(node, DATA), self.property(node, SIZE))
     }
 
     /// Returns the blob of the subtree `name`.
@@ -113,33 +127,36 @@ impl Fdt {
     ///
     /// `name` must point to a string that ends with a NUL.
     pub(crate) unsafe fn blob(&self, name: *const c_char) -> Result<Blob, FdtError> {
-        // SAFETY: As in `property()`.
+        // SAFETY: By the type invariant this is an FDT; by the caller's contract `name` is a string.
         match unsafe { bindings::fdt_subnode_offset(self.0, 0, name) } {
             node if node >= 0 => self.blob_at(FdtNode(node)),
             _ => Err(FdtError::Absent),
         }
     }
 
+    /// Returns the first subtree, if there is one.
+    pub(crate) fn first_subtree(&self) -> Option<FdtNode> {
+        // SAFETY: By the type invariant this is an FDT.
+        FdtNode::found(unsafe { bindings::fdt_first_subnode(self.0, 0) })
+    }
+
+    /// Returns the subtree behind another one, if there is one.
+    pub(crate) fn next_subtree(&self, node: FdtNode) -> Option<FdtNode> {
+        // SAFETY: By the type invariant this is an FDT; libfdt refuses what is no node of it.
+        FdtNode::found(unsafe { bindings::fdt_next_subnode(self.0, node.0) })
+    }
+
     /// Returns the subtrees.
     pub(crate) fn subtrees(&self) -> impl Iterator<Item = FdtNode> + '_ {
-        // SAFETY: As in `property()`.
-        let mut next = unsafe { bindings::fdt_first_subnode(self.0, 0) };
-        core::iter::from_fn(move || {
-            let node = next;
-            if node < 0 {
-                return None;
-            }
-            // SAFETY: As in `property()`.
-            next = unsafe { bindings::fdt_next_subnode(self.0, node) };
-            Some(FdtNode(node))
-        })
+        core::iter::successors(self.first_subtree(), |node| self.next_subtree(*node))
     }
 
     /// Returns the name of a subtree, to be printed.
     #[link_section = ".init.text"]
     pub(crate) fn name(&self, node: FdtNode) -> &str {
         let mut len = 0;
-        // SAFETY: As in `property()`. A name has the length that libfdt says.
+        // SAFETY: By the type invariant this is an FDT, and a name in it has the length that libfdt
+        // says.
         let name = unsafe {
             let name = bindings::fdt_get_name(self.0, node.0, &mut len);
             if name.is_null() {
@@ -153,7 +170,7 @@ impl Fdt {
     /// Takes a subtree out, so that nobody finds it any more. What others there are stays where it
     /// is.
     #[link_section = ".init.text"]
-    pub(crate) fn take_out(&self, node: FdtNode) {
+    pub(crate) fn take_out(&mut self, node: FdtNode) {
         // SAFETY: By the type invariant this is an FDT in memory that nobody else has, and libfdt
         // has found the node in it. An error leaves it as it is.
         unsafe { bindings::fdt_nop_node(self.0.cast_mut(), node.0) };
@@ -229,16 +246,15 @@ impl RootFdt {
     ///
     /// `name` must point to a string that ends with a NUL.
     pub(crate) unsafe fn add(&mut self, name: *const c_char, blob: Blob) -> Result<(), FdtError> {
-        let set = |node: c_int, name: &[u8], value: u64| {
+        let set = |node: c_int, name: &CStr, value: u64| {
             let value = value.to_ne_bytes();
-            // SAFETY: By the type invariant this is an FDT; `name` ends with a NUL, which is not
-            // counted.
+            // SAFETY: By the type invariant this is an FDT, and only we write it.
             unsafe {
                 bindings::fdt_setprop_namelen(
                     self.0,
                     node,
-                    name.as_ptr(),
-                    name.len().saturating_sub(1) as c_int,
+                    name.as_char_ptr(),
+                    name.to_bytes().len() as c_int,
                     value.as_ptr().cast(),
                     value.len() as c_int,
                 )
@@ -255,9 +271,7 @@ impl RootFdt {
                 Err(FdtError::Exists)
             } else if node < 0 {
                 Err(FdtError::Full)
-            } else if set(node, bindings::KHO_SUB_TREE_PROP_NAME, blob.phys) < 0
-                || set(node, bindings::KHO_SUB_TREE_SIZE_PROP_NAME, blob.size) < 0
-            {
+            } else if set(node, DATA, blob.phys) < 0 || set(node, SIZE, blob.size) < 0 {
                 bindings::fdt_del_node(self.0, node);
                 Err(FdtError::Full)
             } else {
@@ -273,7 +287,7 @@ impl RootFdt {
         let fdt = self.read();
         let found = fdt
             .subtrees()
-            .find(|node| Blob::is_at(fdt.property(*node, bindings::KHO_SUB_TREE_PROP_NAME), phys));
+            .find(|node| Blob::is_at(fdt.property(*node, DATA), phys));
         let Some(node) = found else { return false };
         // SAFETY: By the type invariant this is an FDT, and libfdt has just found the node in it.
         unsafe {

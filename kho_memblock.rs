@@ -19,9 +19,6 @@ use kernel::{
     prelude::*, //
 };
 
-/// No node in particular.
-pub(crate) const ANY_NODE: c_int = bindings::NUMA_NO_NODE;
-
 /// memblock, while it is there.
 ///
 /// # Invariants
@@ -69,6 +66,24 @@ fn inside(start: u64, end: u64) -> Frames {
     Frames::between(start >> PAGE_SHIFT, end >> PAGE_SHIFT)
 }
 
+/// The regions of memory, see [`Memblock::memory`].
+// Each is read when it is asked for: memblock moves its arrays when they have to grow.
+pub(crate) struct Memory {
+    memblock: Memblock,
+    next: usize,
+}
+
+impl Iterator for Memory {
+    type Item = Frames;
+
+    #[link_section = ".init.text"]
+    fn next(&mut self) -> Option<Frames> {
+        let region = self.memblock.memory_regions().get(self.next)?;
+        self.next = self.next.saturating_add(1);
+        Some(inside(region.base, end_of(region)))
+    }
+}
+
 impl Memblock {
     /// Returns memblock.
     ///
@@ -110,9 +125,11 @@ impl Memblock {
 
     /// Returns the regions of memory, ascending.
     #[link_section = ".init.text"]
-    pub(crate) fn memory(self) -> impl Iterator<Item = Frames> {
-        let regions = self.memory_regions().iter();
-        regions.map(|region| inside(region.base, end_of(region)))
+    pub(crate) fn memory(self) -> Memory {
+        Memory {
+            memblock: self,
+            next: 0,
+        }
     }
 
     /// Returns how many frames of memory there are.
@@ -264,7 +281,8 @@ impl Memblock {
     fn reserve_with(self, frames: Frames, flags: bindings::memblock_flags) -> Result<(), Refusal> {
         let (phys, size) = (frames.phys(), frames.bytes());
         // SAFETY: By the type invariant there is memblock, which takes any range.
-        let error = unsafe { bindings::__memblock_reserve(phys, size, ANY_NODE, flags) };
+        let error =
+            unsafe { bindings::__memblock_reserve(phys, size, bindings::NUMA_NO_NODE, flags) };
         to_result(error).map_err(|_| Refusal::Reserve(frames))
     }
 
@@ -324,6 +342,20 @@ impl Memblock {
         unsafe { bindings::memblock_clear_kho_scratch_only() };
     }
 
+    /// Returns whether all of `areas` can be added. They come before memblock may move its array of
+    /// memory, and it panics if that is too small.
+    #[link_section = ".init.text"]
+    pub(crate) fn has_room_for(self, areas: &[bindings::kho_scratch]) -> bool {
+        let mut needed = self.memory_regions().len();
+        for area in areas {
+            needed = needed.saturating_add((area.size != 0).into());
+        }
+        // SAFETY: By the type invariant the list exists.
+        let max = unsafe { bindings::memblock.memory.max } as usize;
+        // Adding or marking one wants room for two more.
+        needed.saturating_add(2) <= max
+    }
+
     /// Adds a scratch area of another kernel to what memblock knows of memory.
     ///
     /// # Errors
@@ -368,11 +400,11 @@ impl Memblock {
     #[link_section = ".init.text"]
     pub(crate) fn reserve_bytes(self, phys: u64, size: u64) -> Result {
         // SAFETY: By the type invariant there is memblock, which takes any range.
-        to_result(unsafe { bindings::__memblock_reserve(phys, size, ANY_NODE, 0) })
+        to_result(unsafe { bindings::__memblock_reserve(phys, size, bindings::NUMA_NO_NODE, 0) })
     }
 
     /// Allocates `size` bytes that start at a multiple of `align`, which is a power of two, below
-    /// `limit`, 0 being none. `nid` is a wish, unless it is `exact`.
+    /// `limit`, 0 being the end of memory (`MEMBLOCK_ALLOC_ACCESSIBLE`). `nid` is a wish, unless it is `exact`.
     #[link_section = ".init.text"]
     pub(crate) fn alloc(
         self,
@@ -392,7 +424,9 @@ impl Memblock {
     pub(crate) fn alloc_zeroed(self, size: u64) -> Option<NonNull<c_void>> {
         let align = bindings::PAGE_SIZE as u64;
         // SAFETY: As for `alloc()`.
-        NonNull::new(unsafe { bindings::memblock_alloc_try_nid(size, align, 0, 0, ANY_NODE) })
+        NonNull::new(unsafe {
+            bindings::memblock_alloc_try_nid(size, align, 0, 0, bindings::NUMA_NO_NODE)
+        })
     }
 
     /// Allocates `size` bytes, mapped, at the start of a page. kmemleak does not see them, as it is
@@ -403,7 +437,7 @@ impl Memblock {
         let limit = u64::from(bindings::MEMBLOCK_ALLOC_NOLEAKTRACE);
         // SAFETY: As for `alloc()`.
         NonNull::new(unsafe {
-            bindings::memblock_alloc_try_nid_raw(size, align, 0, limit, ANY_NODE)
+            bindings::memblock_alloc_try_nid_raw(size, align, 0, limit, bindings::NUMA_NO_NODE)
         })
     }
 

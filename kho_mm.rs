@@ -33,7 +33,7 @@ static DIRECT_MAP: AtomicUsize = AtomicUsize::new(0);
 /// Learns where the direct map is. To be called once, before anything else here.
 #[link_section = ".init.text"]
 pub(crate) fn init_direct_map() {
-    // SAFETY: Memory is known to memblock and mapped by the time KHO is called at all.
+    // SAFETY: The direct map exists from `mm_core_init_early()` on, whose call this is.
     let offset = unsafe { bindings::kho_glue_direct_map() };
     DIRECT_MAP.store(offset, Ordering::Relaxed);
 }
@@ -297,6 +297,10 @@ pub(crate) fn is_folio(order: Order) -> bool {
     (1..=bindings::KHO_MAX_FOLIO_ORDER).contains(&order.get())
 }
 
+/// Frames that are online all or none (`PAGES_PER_SUBSECTION`).
+#[cfg(CONFIG_KEXEC_HANDOVER_DEBUGFS)]
+const SUBSECTION: u64 = (2 << 20) >> PAGE_SHIFT;
+
 /// Calls `each` with the order of every block that carries `mark`. Looks at each page there is, and
 /// may sleep.
 #[cfg(CONFIG_KEXEC_HANDOVER_DEBUGFS)]
@@ -308,13 +312,18 @@ pub(crate) fn for_each_marked(mark: Mark, mut each: impl FnMut(Order)) {
     let end = unsafe { bindings::max_pfn } as u64;
     let mut pfn = 0u64;
     while pfn < end {
-        let order = Page::online(pfn).and_then(|page| page.order(mark));
-        if let Some(order) = order {
-            each(order);
-        }
         if pfn & GRAIN_MASK == 0 {
             // SAFETY: The caller may sleep.
             unsafe { bindings::kho_glue_cond_resched() };
+        }
+        let Some(page) = Page::online(pfn) else {
+            // Between the memory of two nodes there may be terabytes of nothing.
+            pfn = (pfn | (SUBSECTION - 1)).saturating_add(1);
+            continue;
+        };
+        let order = page.order(mark);
+        if let Some(order) = order {
+            each(order);
         }
         pfn = pfn.saturating_add(order.unwrap_or(Order::ZERO).pages());
     }
@@ -372,11 +381,10 @@ fn there_at_boot(mem: *mut c_void, order: Order) -> Option<NonNull<c_void>> {
 #[cold]
 #[inline(never)]
 fn alloc_elsewhere(plugged: NonNull<c_void>, order: Order) -> Option<NonNull<c_void>> {
-    const ANY_NODE: c_int = bindings::NUMA_NO_NODE;
     let nodes = Nodes::all().map(|nid| (nid, 0));
     let zones = [
-        (ANY_NODE, bindings::KHO_GFP_DMA32),
-        (ANY_NODE, bindings::KHO_GFP_DMA),
+        (bindings::NUMA_NO_NODE, bindings::KHO_GFP_DMA32),
+        (bindings::NUMA_NO_NODE, bindings::KHO_GFP_DMA),
     ];
 
     // What was plugged in is freed at the end, or it would be found again. It holds the list.

@@ -17,10 +17,7 @@
 //! Everything here is `__init`.
 
 use super::kho_key::Pfn;
-use super::kho_memblock::{
-    Memblock,
-    ANY_NODE, //
-};
+use super::kho_memblock::Memblock;
 use super::kho_mm;
 use super::kho_param::{
     self,
@@ -114,7 +111,7 @@ fn used(memblock: Memblock, nid: c_int) -> Used {
 /// that no single node's count has them.
 #[link_section = ".init.text"]
 fn used_again(memblock: Memblock) -> Used {
-    let mut used = used(memblock, ANY_NODE);
+    let mut used = used(memblock, bindings::NUMA_NO_NODE);
     for (start, size) in Regions::new() {
         used = used.without(start, size, low_limit());
     }
@@ -277,7 +274,7 @@ fn check_left(memblock: Memblock, early: Used) -> Result {
 struct Place {
     /// As messages name it.
     name: &'static str,
-    /// It has to end below this address; 0 is no limit.
+    /// It has to end below this address; 0 is the end of memory (`MEMBLOCK_ALLOC_ACCESSIBLE`).
     limit: u64,
     nid: c_int,
     /// Whether it must be on that node.
@@ -309,7 +306,7 @@ fn reserve_areas(table: &mut Table, early: Used) -> Result {
     let mut low = Place {
         name: "lowmem",
         limit: low_limit(),
-        nid: ANY_NODE,
+        nid: bindings::NUMA_NO_NODE,
         is_exact: false,
     };
     let anywhere = Place {
@@ -395,7 +392,7 @@ fn reserve_area(table: &mut Table, place: &Place, size: u64, spare: &mut u64) ->
 /// it took of scratch.
 #[link_section = ".init.text"]
 pub(crate) fn report(memblock: Memblock) {
-    let early = used(memblock, ANY_NODE);
+    let early = used(memblock, bindings::NUMA_NO_NODE);
     // SAFETY: By `Memblock`'s invariant nothing else runs.
     unsafe { TOOK = early };
     report_size(early);
@@ -405,7 +402,7 @@ pub(crate) fn report(memblock: Memblock) {
 /// used for anything.
 #[link_section = ".init.text"]
 pub(crate) fn leaves_enough(memblock: Memblock) -> bool {
-    let floor = kho_param::floor(used(memblock, ANY_NODE));
+    let floor = kho_param::floor(used(memblock, bindings::NUMA_NO_NODE));
     memblock.usable_frames() << PAGE_SHIFT >= floor
 }
 

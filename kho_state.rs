@@ -111,17 +111,6 @@ fn lock_fdt() -> Result<RootFdt> {
     Ok(unsafe { RootFdt::lock(kho_mm::virt(page)) })
 }
 
-/// Shows the outgoing FDT in debugfs as it is now: as many bytes are shown as were there when the
-/// file was made.
-fn show_fdt(fdt: &RootFdt) {
-    if let Some(page) = out_fdt() {
-        let page = kho_mm::virt(page);
-        hide(page);
-        // SAFETY: The page stays; the lock keeps its size.
-        unsafe { show(c"fdt".as_char_ptr(), page, fdt.read().size(), true) };
-    }
-}
-
 /// Whether there is a place in debugfs; there is none with `debugfs=off`, and KHO works without.
 static DEBUGFS: AtomicBool = AtomicBool::new(false);
 
@@ -135,7 +124,18 @@ pub(crate) fn open_debugfs() -> Result {
     } else {
         pr_warn!("not in debugfs: error {error}\n");
     }
-    show_fdt(&lock_fdt()?);
+    // All of its page, as the FDT will grow. Were the file made anew at each change, a change would
+    // have to wait for whoever is reading.
+    let page = out_fdt().ok_or(EOPNOTSUPP)?;
+    // SAFETY: The page stays for ever.
+    unsafe {
+        show(
+            c"fdt".as_char_ptr(),
+            kho_mm::virt(page),
+            bindings::PAGE_SIZE,
+            true,
+        )
+    };
     Ok(())
 }
 
@@ -199,7 +199,6 @@ pub(crate) unsafe fn add_subtree(name: *const c_char, blob: *mut c_void, size: u
     }
     // SAFETY: By the caller's contract.
     unsafe { show(name, blob, size, false) };
-    show_fdt(&fdt);
     Ok(())
 }
 
@@ -227,7 +226,6 @@ pub(crate) fn remove_subtree(blob: *mut c_void) {
     if let Ok(mut fdt) = lock_fdt() {
         if fdt.remove(phys) {
             hide(blob);
-            show_fdt(&fdt);
         }
     }
 }

@@ -736,7 +736,8 @@ pub(crate) fn ensure_initialised(frames: Frames) {
 #[inline(never)]
 fn release_around(frames: Frames) {
     let Some(takeover) = current() else { return };
-    for grain in Grain::touching(frames) {
+    // A caller may ask for any number of frames.
+    for grain in Grain::touching(frames.until(takeover.memblock.ram_end())) {
         takeover.release(grain);
     }
 }

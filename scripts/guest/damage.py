@@ -742,6 +742,8 @@ kinds()([
     ("area-empty", areas(lambda at, old: [(0, 0), *old, (1 << 45, 0)])),
     ("area-many", areas(lambda at, old: [*old, *[(0, 0)] * 250])),
     ("area-halves", areas(lambda at, old: [(start + size // 2 * i, size // 2) for start, size in old for i in (1, 0)])),
+    ("area-pieces", areas(lambda at, old: [(old[0][0] + 2 * PAGE * i, PAGE) for i in range(250)]),
+     {"refused": "memblock does not take a scratch area", "early": True, **QUICK}),
     ("area-twice", areas(lambda at, old: [*old, *old])),
     ("area-overlap", areas(lambda at, old: [*old, *((start, size // 2) for start, size in old)])),
     ("area-of-fdt", area_over(lambda at: at.fdt), {"refused": NOT_KEPT}),
