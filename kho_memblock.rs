@@ -351,7 +351,7 @@ impl Memblock {
             needed = needed.saturating_add((area.size != 0).into());
         }
         // SAFETY: By the type invariant the list exists.
-        let max = unsafe { bindings::memblock.memory.max } as usize;
+        let max = unsafe { bindings::memblock.memory.max };
         // Adding or marking one wants room for two more.
         needed.saturating_add(2) <= max
     }
