@@ -49,9 +49,9 @@
 //! - `-ENOMEM`: there is no memory for nodes of the tree.
 //!
 //! Preserved memory still belongs to its owner. The owner must keep it allocated and in place for
-//! as long as it is preserved. In the next kernel it belongs to nobody until it is restored, and then
-//! to the caller that restored it. Regions of `reserve_mem=` that the next kernel asks for, too,
-//! are an exception: they are their users' from boot on, and cannot be restored.
+//! as long as it is preserved. In the next kernel it belongs to nobody until it is restored, and
+//! then to the caller that restored it. Regions of `reserve_mem=` that the next kernel asks for,
+//! too, are an exception: they are their users' from boot on, and cannot be restored.
 //!
 //! C headers: [`include/linux/kexec_handover.h`](srctree/include/linux/kexec_handover.h),
 //! [`include/linux/kho_radix_tree.h`](srctree/include/linux/kho_radix_tree.h),

@@ -127,7 +127,7 @@ impl Fdt {
     ///
     /// `name` must point to a string that ends with a NUL.
     pub(crate) unsafe fn blob(&self, name: *const c_char) -> Result<Blob, FdtError> {
-        // SAFETY: By the type invariant this is an FDT; by the caller's contract `name` is a string.
+        // SAFETY: By the type invariant this is an FDT; the caller passes a string.
         match unsafe { bindings::fdt_subnode_offset(self.0, 0, name) } {
             node if node >= 0 => self.blob_at(FdtNode(node)),
             _ => Err(FdtError::Absent),

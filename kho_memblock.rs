@@ -404,7 +404,8 @@ impl Memblock {
     }
 
     /// Allocates `size` bytes that start at a multiple of `align`, which is a power of two, below
-    /// `limit`, 0 being the end of memory (`MEMBLOCK_ALLOC_ACCESSIBLE`). `nid` is a wish, unless it is `exact`.
+    /// `limit`, 0 being the end of memory (`MEMBLOCK_ALLOC_ACCESSIBLE`). `nid` is a wish, unless it
+    /// is `exact`.
     #[link_section = ".init.text"]
     pub(crate) fn alloc(
         self,
