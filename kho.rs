@@ -358,7 +358,7 @@ unsafe extern "C" fn kho_alloc_preserve(size: usize) -> *mut c_void {
 /// `mem` must be null or come from `kho_alloc_preserve()`, and not be used after this.
 #[export]
 unsafe extern "C" fn kho_unpreserve_free(mem: *mut c_void) {
-    // SAFETY: `mem` is what `kho_alloc_preserve()` returned, and is not used again.
+    // SAFETY: `mem` is null or what `kho_alloc_preserve()` returned, and is not used again.
     unsafe { kho_pages::unpreserve_free(mem) };
 }
 
@@ -697,7 +697,7 @@ unsafe extern "C" fn kho_rs_summary(file: *mut bindings::seq_file) {
 /// `image` must point to an image that is being loaded.
 #[export]
 unsafe extern "C" fn kho_fill_kimage(image: *mut bindings::kimage) -> c_int {
-    // SAFETY: `image` is an image that is being loaded, under kexec's lock.
+    // SAFETY: `image` is an image that is being loaded.
     errno(unsafe { kho_kexec::fill_image(image) })
 }
 

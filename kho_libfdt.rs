@@ -205,7 +205,6 @@ impl RootFdt {
     /// `page` must be a page that nobody else uses.
     pub(crate) unsafe fn create(page: *mut c_void, map: NodeAddr) -> Result<(), FdtError> {
         let map = map.get().to_ne_bytes();
-        let name = bindings::KHO_FDT_MEMORY_MAP_PROP_NAME;
         let compatible = bindings::KHO_FDT_COMPATIBLE;
         // SAFETY: The page is writable, `fdt_create()` is told its size, and all that is written
         // is as long as said. After an error the rest does nothing.
@@ -221,7 +220,7 @@ impl RootFdt {
                 )
                 | bindings::fdt_property(
                     page,
-                    name.as_ptr(),
+                    MEMORY_MAP.as_char_ptr(),
                     map.as_ptr().cast(),
                     map.len() as c_int,
                 )
