@@ -647,8 +647,6 @@ unsafe extern "C" fn kho_rs_plug(pfn: usize, nr_pages: usize) {
 #[export]
 #[link_section = ".init.text"]
 unsafe extern "C" fn kho_rs_init() -> c_int {
-    // For what came before there were work queues.
-    kho_log::schedule_summary();
     errno(kho_kexec::init())
 }
 
@@ -661,16 +659,6 @@ unsafe extern "C" fn kho_rs_init() -> c_int {
 #[export]
 unsafe extern "C" fn kho_rs_prune() {
     kho_state::prune();
-}
-
-/// Sums up complaints that have come up again.
-///
-/// # Safety
-///
-/// Called from one work item.
-#[export]
-unsafe extern "C" fn kho_rs_sum_up() {
-    kho_log::sum_up();
 }
 
 /// Prints the summary for debugfs. May sleep.

@@ -22,6 +22,7 @@
 #include <linux/percpu.h>
 #include <linux/pgalloc_tag.h>
 #include <linux/preempt.h>
+#include <linux/ratelimit.h>
 #include <linux/string.h>
 #include <linux/vmstat.h>
 #include <linux/workqueue.h>
@@ -450,18 +451,15 @@ void __init kho_glue_watch_memory(void)
 	hotplug_memory_notifier(kho_memory_notify, DEFAULT_CALLBACK_PRI);
 }
 
-static void kho_sum_up(struct work_struct *work)
-{
-	kho_rs_sum_up();
-}
+static struct ratelimit_state kho_complaints[] = {
+	[0 ... KHO_COMPLAINTS - 1] = RATELIMIT_STATE_INIT(kho_complaints,
+							  DEFAULT_RATELIMIT_INTERVAL,
+							  DEFAULT_RATELIMIT_BURST),
+};
 
-static DECLARE_DELAYED_WORK(kho_summary_work, kho_sum_up);
-
-void kho_glue_schedule_summary(void)
+bool kho_glue_may_complain(unsigned int kind)
 {
-	/* Work queues and timers are there when other tasks can run. */
-	if (system_state >= SYSTEM_SCHEDULING)
-		schedule_delayed_work(&kho_summary_work, HZ);
+	return ___ratelimit(&kho_complaints[kind], "KHO");
 }
 
 phys_addr_t kho_glue_low_limit(void)

@@ -23,10 +23,6 @@
 
 #include <asm/early_ioremap.h>
 
-#ifdef CONFIG_KEXEC_HANDOVER_RUST_KUNIT_TEST
-#include <linux/kmsg_dump.h>
-#endif
-
 #include "../../../mm/mm_init.h"
 #include "../../../mm/vmalloc.h"
 #include "../../kexec_internal.h"
@@ -39,6 +35,9 @@
  * its largest order.
  */
 #define KHO_SCRATCH_ALIGN	(PAGE_SIZE * MAX_ORDER_NR_PAGES)
+
+/* How many kinds of complaints there are, see kho_log.rs. */
+#define KHO_COMPLAINTS	8
 
 #ifdef __BINDGEN__
 const size_t RUST_CONST_HELPER_KHO_SCRATCH_ALIGN = KHO_SCRATCH_ALIGN;
@@ -122,7 +121,7 @@ void kho_glue_lock_prune(void);
 void kho_glue_unlock_prune(void);
 void kho_glue_schedule_prune(void);
 void kho_glue_watch_memory(void);
-void kho_glue_schedule_summary(void);
+bool kho_glue_may_complain(unsigned int kind);
 phys_addr_t kho_glue_low_limit(void);
 int kho_glue_next_memory_node(int nid);
 bool kho_glue_is_kdump_kernel(void);
@@ -143,7 +142,6 @@ int kho_rs_map(void);
 int kho_rs_init(void);
 void kho_rs_plug(unsigned long pfn, unsigned long nr_pages);
 void kho_rs_prune(void);
-void kho_rs_sum_up(void);
 void kho_rs_summary(struct seq_file *file);
 
 /* in kunit/handover.c */
