@@ -6,9 +6,6 @@
 //!
 //! - `kho_scratch=N%`: in proportion to what early boot has allocated;
 //! - `kho_scratch=LOWMEM,GLOBAL,PERNODE`: sizes in bytes, with K, M, G, T, P or E behind them.
-//!
-//! What `reserve_mem=` has asked for matters as well: the next kernel finds those regions where
-//! they are, and does not allocate them again.
 
 /// How large the scratch areas are to be.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -106,114 +103,6 @@ pub(crate) fn cut(area: (u64, u64), region: (u64, u64), align: u64) -> [(u64, u6
         (start, front.clamp(start, end)),
         (behind.clamp(start, end), end),
     ]
-}
-
-/// The parameters of a command line, cut where the kernel cuts them: at space that is not within
-/// quotes.
-#[derive(Clone)]
-struct Parameters<'a>(&'a [u8]);
-
-impl<'a> Iterator for Parameters<'a> {
-    type Item = &'a [u8];
-
-    #[link_section = ".init.text"]
-    fn next(&mut self) -> Option<&'a [u8]> {
-        let mut rest = self.0;
-        while let [byte, tail @ ..] = rest {
-            if !is_space(*byte) {
-                break;
-            }
-            rest = tail;
-        }
-        let (mut quoted, mut end) = (false, 0usize);
-        for byte in rest {
-            quoted ^= *byte == b'"';
-            if !quoted && is_space(*byte) {
-                break;
-            }
-            end = end.saturating_add(1);
-        }
-        let (parameter, rest) = rest.split_at_checked(end)?;
-        self.0 = rest;
-        // What follows is for init.
-        (!parameter.is_empty() && parameter != b"--").then_some(parameter)
-    }
-}
-
-/// As the kernel's isspace().
-fn is_space(byte: u8) -> bool {
-    matches!(byte, b' ' | b'\t' | b'\n' | 0x0b..=b'\r' | 0xa0)
-}
-
-/// Returns the name of the region that a parameter has asked for, if it is `reserve_mem=`.
-#[link_section = ".init.text"]
-fn region_name(parameter: &[u8]) -> Option<&[u8]> {
-    const NAME: &[u8] = b"reserve_mem=";
-    // All of it may be in quotes, or its value.
-    let parameter = unquoted(parameter);
-    let (name, value) = parameter.split_at_checked(NAME.len())?;
-    for (byte, expected) in name.iter().zip(NAME) {
-        // The kernel does not tell a dash from an underscore in names.
-        if byte != expected && !(*byte == b'-' && *expected == b'_') {
-            return None;
-        }
-    }
-    // SIZE:ALIGN:NAME
-    let mut parts = unquoted(value).splitn(3, |byte| *byte == b':');
-    parts.nth(2).filter(|name| !name.is_empty())
-}
-
-/// Takes off a quote that a text starts with, and one at its end then.
-fn unquoted(text: &[u8]) -> &[u8] {
-    match text {
-        [b'"', text @ .., b'"'] => text,
-        [b'"', text @ ..] => text,
-        text => text,
-    }
-}
-
-/// The names of the regions that `reserve_mem=` has asked for on a command line, each once.
-/// Whether they are there is another matter.
-pub(crate) struct RegionNames<'a> {
-    line: &'a [u8],
-    rest: Parameters<'a>,
-}
-
-impl<'a> RegionNames<'a> {
-    #[link_section = ".init.text"]
-    pub(crate) fn new(line: &'a [u8]) -> Self {
-        let rest = Parameters(line);
-        Self { line, rest }
-    }
-
-    /// Returns whether a parameter in front of the rest asked for that name.
-    #[link_section = ".init.text"]
-    fn was_seen(&self, rest: &[u8], name: &[u8]) -> bool {
-        let seen = self.line.len().saturating_sub(rest.len());
-        for parameter in Parameters(self.line.get(..seen).unwrap_or_default()) {
-            if region_name(parameter) == Some(name) {
-                return true;
-            }
-        }
-        false
-    }
-}
-
-impl<'a> Iterator for RegionNames<'a> {
-    type Item = &'a [u8];
-
-    #[link_section = ".init.text"]
-    fn next(&mut self) -> Option<&'a [u8]> {
-        loop {
-            let rest = self.rest.0;
-            let Some(name) = region_name(self.rest.next()?) else {
-                continue;
-            };
-            if !self.was_seen(rest, name) {
-                return Some(name);
-            }
-        }
-    }
 }
 
 // The sizes of the areas; [`None`] if one does not fit in 64 bits. In proportion, what early boot

@@ -21,7 +21,6 @@ use super::kho_memblock::Memblock;
 use super::kho_mm;
 use super::kho_param::{
     self,
-    RegionNames,
     Scratch,
     Used, //
 };
@@ -119,31 +118,14 @@ fn used_again(memblock: Memblock) -> Used {
 }
 
 /// The regions of `reserve_mem=`, allocated or revived, each as its address and size.
-pub(crate) struct Regions(RegionNames<'static>);
+pub(crate) struct Regions {
+    next: c_uint,
+}
 
 impl Regions {
     #[link_section = ".init.text"]
     pub(crate) fn new() -> Self {
-        // SAFETY: The command line is a string that ends with a NUL, and stays.
-        let line = unsafe {
-            let line = bindings::saved_command_line;
-            core::slice::from_raw_parts(line.cast::<u8>(), bindings::strlen(line))
-        };
-        Self(RegionNames::new(line))
-    }
-
-    #[link_section = ".init.text"]
-    fn find(name: &[u8]) -> Option<(u64, u64)> {
-        // memblock takes no name that is longer.
-        let mut text = [0u8; 16];
-        text.get_mut(..name.len())?.copy_from_slice(name);
-        text.last().filter(|last| **last == 0)?;
-        let (mut start, mut size) = (0, 0);
-        // SAFETY: It is a string that ends with a NUL.
-        let found = unsafe {
-            bindings::reserve_mem_find_by_name(text.as_ptr().cast(), &mut start, &mut size)
-        };
-        (found != 0).then_some((start, size))
+        Self { next: 0 }
     }
 }
 
@@ -152,12 +134,12 @@ impl Iterator for Regions {
 
     #[link_section = ".init.text"]
     fn next(&mut self) -> Option<(u64, u64)> {
-        loop {
-            let region = Self::find(self.0.next()?);
-            if region.is_some() {
-                return region;
-            }
-        }
+        let (mut start, mut size) = (0, 0);
+        // SAFETY: Both may be written; nobody allocates or releases a region while the kernel
+        // boots.
+        let found = unsafe { bindings::reserve_mem_region(self.next, &mut start, &mut size) };
+        self.next = self.next.saturating_add(1);
+        found.then_some((start, size))
     }
 }
 

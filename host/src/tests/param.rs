@@ -5,7 +5,6 @@
 use super::super::kho_param::{
     cut,
     floor,
-    RegionNames,
     round_up,
     scaled,
     Scratch,
@@ -282,74 +281,6 @@ fn areas_by_size() {
     assert_eq!(sizes.global(used, 0, 4 * M), None);
     let sizes = most("0,0,01777777777777777777777");
     assert_eq!(sizes.pernode(used, 1, 4 * M), None);
-}
-
-/// Returns the names that a command line has regions for, between bars.
-fn names(line: &[u8]) -> String {
-    let names: Vec<_> = RegionNames::new(line)
-        .map(String::from_utf8_lossy)
-        .collect();
-    names.join("|")
-}
-
-#[test]
-fn names_of_regions() {
-    for (line, expected) in [
-        ("", ""),
-        ("   ", ""),
-        ("quiet", ""),
-        ("reserve_mem=4M:4096:oops", "oops"),
-        (" a reserve_mem=4M:4096:oops b=c ", "oops"),
-        ("\treserve_mem=4M:4096:a\nreserve_mem=1:2:b", "a|b"),
-        ("reserve-mem=4M:4096:oops", "oops"),
-        // The name is all the rest, and it is not looked at whether there can be such a region.
-        ("reserve_mem=4M:4096:a:b", "a:b"),
-        ("reserve_mem=::a", "a"),
-        ("reserve_mem=4M:4096:", ""),
-        ("reserve_mem=4M:4096", ""),
-        ("reserve_mem=4M", ""),
-        ("reserve_mem=", ""),
-        ("reserve_mem", ""),
-        ("reserve_memo=4M:4096:a", ""),
-        ("xreserve_mem=4M:4096:a", ""),
-        ("Reserve_mem=4M:4096:a", ""),
-        ("reserve.mem=4M:4096:a", ""),
-        ("-eserve_mem=4M:4096:a", ""),
-        // In quotes.
-        ("reserve_mem=\"4M:4096:a b\" c", "a b"),
-        ("\"reserve_mem=4M:4096:a b\" c", "a b"),
-        ("\"reserve_mem=4M:4096:a b", "a b"),
-        ("reserve_mem=\"4M:4096:a b", "a b"),
-        ("\"a reserve_mem=4M:4096:b\"", ""),
-        ("a=\"b reserve_mem=4M:4096:b\" reserve_mem=1:1:c", "c"),
-        ("a=\"b\"reserve_mem=4M:4096:b", ""),
-        ("reserve_mem=\"", ""),
-        ("\"", ""),
-        ("\"\"", ""),
-        // Once each.
-        ("reserve_mem=1:1:a reserve_mem=2:2:b reserve_mem=3:3:a", "a|b"),
-        ("reserve_mem=1:1:a reserve_mem=1:1:a reserve_mem=1:1:a", "a"),
-        // The rest is for init.
-        ("reserve_mem=1:1:a -- reserve_mem=2:2:b", "a"),
-        ("-- reserve_mem=2:2:b", ""),
-        ("--a reserve_mem=2:2:b", "b"),
-    ] {
-        assert_eq!(names(line.as_bytes()), expected, "{line:?}");
-    }
-    assert_eq!(names(b"reserve_mem=1:1:\xff\xa0reserve_mem=1:1:b"), "\u{fffd}|b");
-}
-
-#[test]
-fn no_command_line_panics() {
-    let letters = [&b" "[..], b"\"", b"=", b":", b"a", b"--", b"reserve_mem=", b"1:1:"];
-    let count = letters.len();
-    for number in 0..count.pow(6) {
-        let words = (0..6).map(|i| letters[number / count.pow(i) % count]);
-        let line: Vec<u8> = words.flatten().copied().collect();
-        for name in RegionNames::new(&line) {
-            assert!(!name.is_empty());
-        }
-    }
 }
 
 #[test]
