@@ -8,7 +8,7 @@ use super::super::kho_check::{check_tree, larger_block, Machine, Refusal, Sets};
 use super::super::kho_fdt::{memory_map, total_size, Blob};
 use super::super::kho_grain::{add_grains, coarsen, has_frames, Gaps, EXTENSION};
 use super::super::kho_key::{Block, Key, Order, Pfn};
-use super::super::kho_param::{cut, RegionNames, Scratch, Used};
+use super::super::kho_param::{cut, Scratch, Used};
 use super::super::kho_radix::{NoMemory, Node, NodeAddr, NodeMem, Removal, Run, Tree};
 use super::super::kho_range::Frames;
 use super::super::PAGE_SHIFT;
@@ -332,6 +332,9 @@ fn tree(data: &[u8]) {
         read.node(&image, root, abi::DEPTH - 1, 0);
         let taken = merged(read.taken.iter().map(|(start, end)| (*start, *end)));
         assert_eq!((stats.refusal, stats.nodes), (read.refusal, read.nodes));
+        if let Some(Refusal::Node(phys) | Refusal::Reach(phys)) = read.refusal {
+            assert_eq!(stats.refusal.map(|refusal| refusal.what().1), Some(phys));
+        }
         assert_eq!((stats.lost, stats.first_lost), (read.lost, read.first_lost));
         assert_eq!(stats.frames, taken.iter().map(|(start, end)| end - start).sum());
         let orders = stats.orders().map(|(of, count)| (of.get(), count));
@@ -487,8 +490,15 @@ fn ops(data: &[u8]) {
             }
             6 => {
                 assert_eq!(tree.contains(key(number)), keys.contains(&number));
-                let leaf = nodes.contains(&(0, number / LEAF));
-                assert_eq!(tree.find_leaf(key(number)).is_some(), leaf);
+                let leaf = tree.find_leaf(key(number));
+                assert_eq!(leaf.is_some(), nodes.contains(&(0, number / LEAF)));
+                let last = number.max(number / LEAF * LEAF + any() % LEAF);
+                let words = leaf.iter().flat_map(|leaf| leaf.words_between(key(number), key(last)));
+                let found = words.flat_map(|(first, word)| {
+                    let bits = (0..64).filter(move |bit| word >> bit & 1 == 1);
+                    bits.map(move |bit| first + bit)
+                });
+                assert!(found.eq(keys.range(number..=last).copied()));
             }
             // The next time, only so many nodes can be had.
             _ => {}
@@ -564,7 +574,7 @@ fn scratch(text: &str) -> Option<Scratch> {
     (sum > 0 && sum < 1 << 64).then_some(Scratch::Sizes { lowmem, global, pernode })
 }
 
-/// `kho_scratch=`, and what comes of it; `reserve_mem=`.
+/// `kho_scratch=`, and what comes of it.
 fn param(data: &[u8]) {
     let mut input = Input(data);
     let (all, low, others) = (input.number(), input.number(), input.number());
@@ -599,22 +609,6 @@ fn param(data: &[u8]) {
     for (start, end) in cut(area, region, align) {
         assert!(area.0 <= start && start <= end && end <= area.1 && (start | end) % align == 0);
         assert!(start == end || end <= region.0 || start >= region.1 || region.0 == region.1);
-    }
-    let names: Vec<&[u8]> = RegionNames::new(text).collect();
-    let unique: BTreeSet<&[u8]> = names.iter().copied().collect();
-    assert!(unique.len() == names.len() && !unique.contains(&b""[..]));
-    if !text.contains(&b'"') {
-        let is_space = |byte: &u8| b" \t\n\x0b\x0c\r\xa0".contains(byte);
-        let words = text.split(is_space).take_while(|word| word != b"--");
-        let name = |word: &[u8]| {
-            let (name, value) = word.split_at_checked(12)?;
-            let name = name.iter().map(|byte| if *byte == b'-' { b'_' } else { *byte });
-            let value = name.eq(*b"reserve_mem=").then_some(value)?;
-            value.splitn(3, |byte| *byte == b':').nth(2).map(<[u8]>::to_vec)
-        };
-        let mut expected: BTreeSet<Vec<u8>> = words.filter_map(name).collect();
-        expected.remove(&vec![]);
-        assert!(unique.iter().copied().eq(&expected), "{names:?}");
     }
 }
 
