@@ -602,8 +602,10 @@ unsafe extern "C" fn kho_rs_parse_enable(arg: *mut c_char) -> c_int {
 #[export]
 #[link_section = ".init.text"]
 unsafe extern "C" fn kho_rs_parse_scratch(arg: *mut c_char) -> c_int {
+    // SAFETY: An `early_param()` is read on one CPU, long before `kho_memory_init_late()`.
+    let memblock = unsafe { Memblock::get() };
     // SAFETY: `arg` is null or a string that ends with a NUL.
-    unsafe { kho_scratch::parse(arg) };
+    unsafe { kho_scratch::parse(memblock, arg) };
     // `parse()` has reported a bad value.
     0
 }

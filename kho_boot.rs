@@ -33,7 +33,10 @@ use super::kho_log::{
     self,
     Complaint, //
 };
-use super::kho_memblock::Memblock;
+use super::kho_memblock::{
+    BootCell,
+    Memblock, //
+};
 use super::kho_mm;
 use super::kho_nodemem::Direct;
 use super::kho_radix::NodeAddr;
@@ -64,15 +67,13 @@ use kernel::{
 const EARLY_MAX: u64 = 128 * 1024;
 
 /// The size of the memory with the FDT that was handed over, and the physical address of the table
-/// of scratch areas.
-// Only `populate()` writes it and only `init_early()` reads it.
+/// of scratch areas. From `populate()`, for `init_early()`.
 #[link_section = ".init.data"]
-static mut HANDED: (u64, u64) = (0, 0);
+static HANDED: BootCell<(u64, u64)> = BootCell::new((0, 0));
 
-/// What was handed over, as far as it is to be kept.
-// Only `init_early()` writes it and only `init()` reads it.
+/// What was handed over, as far as it is to be kept. From `init_early()`, for `init()`.
 #[link_section = ".init.data"]
-static mut FOUND: Option<Takeover> = None;
+static FOUND: BootCell<Option<Takeover>> = BootCell::new(None);
 
 /// Whether this kernel runs in the scratch areas that it was handed.
 static INHERITED: AtomicBool = AtomicBool::new(false);
@@ -185,8 +186,7 @@ pub(crate) fn populate(memblock: Memblock, fdt: (u64, u64), scratch: (u64, u64))
     if let Err(why) = use_scratch(memblock, scratch_phys, scratch_len) {
         return refuse(memblock, (why, scratch_phys));
     }
-    // SAFETY: Nothing else runs, and `init_early()` comes later.
-    unsafe { HANDED = (fdt_len, scratch_phys) };
+    HANDED.set(memblock, (fdt_len, scratch_phys));
     INHERITED.store(true, Ordering::Relaxed);
     kho_state::set_handover(fdt_phys);
     pr_info!("found kexec handover data.\n");
@@ -274,8 +274,7 @@ pub(crate) fn init_early(memblock: Memblock) {
     if !INHERITED.load(Ordering::Relaxed) {
         return;
     }
-    // SAFETY: Nothing else runs; `populate()` has written it.
-    let (fdt_len, table) = unsafe { HANDED };
+    let (fdt_len, table) = HANDED.get(memblock);
     // SAFETY: The table was reserved, and its number of areas was set.
     unsafe { bindings::kho_scratch = kho_mm::virt(table) };
     let phys = kho_state::handover().unwrap_or(0);
@@ -298,8 +297,7 @@ pub(crate) fn init_early(memblock: Memblock) {
         Ok(Plan::Keep) => {
             extend_scratch(memblock, takeover.busy());
             takeover.cycles = kho_mm::cycles().saturating_sub(start);
-            // SAFETY: Nothing else runs, and `init()` comes later.
-            unsafe { FOUND = Some(takeover) };
+            FOUND.set(memblock, Some(takeover));
         }
         Ok(Plan::Drop) => {
             pr_warn!("too little memory would be left to keep what it names\n");
@@ -344,8 +342,7 @@ pub(crate) fn init(memblock: Memblock) {
     if INHERITED.load(Ordering::Relaxed) {
         kho_scratch::report(memblock);
     }
-    // SAFETY: Nothing else runs; `init_early()` has written it.
-    if let Some(takeover) = unsafe { (&raw mut FOUND).replace(None) } {
+    if let Some(takeover) = FOUND.replace(memblock, None) {
         let start = kho_mm::cycles();
         match takeover.commit() {
             Ok(takeover) => report_takeover(takeover, kho_mm::cycles().saturating_sub(start)),

@@ -3,7 +3,7 @@
 //! All calls to memblock: where memory is, whether it is reserved, and reserving it.
 //!
 //! They are methods of [`Memblock`], which exists while memblock does. A frame that is only partly
-//! inside a region is ignored.
+//! inside a region is ignored. Statics of early boot are a [`BootCell`] each, which exists as long.
 
 use super::kho_check::{
     Machine,
@@ -12,7 +12,10 @@ use super::kho_check::{
 use super::kho_place;
 use super::kho_range::Frames;
 use super::PAGE_SHIFT;
-use core::ptr::NonNull;
+use core::{
+    cell::Cell,
+    ptr::NonNull, //
+};
 use kernel::{
     bindings,
     error::to_result,
@@ -24,9 +27,44 @@ use kernel::{
 /// # Invariants
 ///
 /// The kernel boots, on one CPU but for `page_alloc_init_late()`, which discards memblock's lists
-/// after this crate has used them for the last time.
+/// after this crate has used them for the last time. Where several CPUs have one at once, they only
+/// read the lists.
 #[derive(Clone, Copy)]
 pub(crate) struct Memblock(());
+
+/// A variable of early boot. To use it takes a [`Memblock`].
+pub(crate) struct BootCell<T>(Cell<T>);
+
+// SAFETY: By `Memblock`'s invariant no other CPU has one meanwhile and uses it for a variable.
+unsafe impl<T: Send> Sync for BootCell<T> {}
+
+impl<T> BootCell<T> {
+    /// Returns a variable with this value.
+    pub(crate) const fn new(value: T) -> Self {
+        Self(Cell::new(value))
+    }
+
+    /// Returns the value.
+    #[inline]
+    pub(crate) fn get(&self, _memblock: Memblock) -> T
+    where
+        T: Copy,
+    {
+        self.0.get()
+    }
+
+    /// Changes the value.
+    #[inline]
+    pub(crate) fn set(&self, _memblock: Memblock, value: T) {
+        self.0.set(value);
+    }
+
+    /// Changes the value, and returns what it was.
+    #[inline]
+    pub(crate) fn replace(&self, _memblock: Memblock, value: T) -> T {
+        self.0.replace(value)
+    }
+}
 
 /// Returns the end of a region, as an address.
 #[inline]

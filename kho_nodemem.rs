@@ -15,7 +15,10 @@
 //! Lock order: the prune mutex is taken with no other lock of this crate held, and none is taken
 //! under it.
 
-use super::kho_memblock::Memblock;
+use super::kho_memblock::{
+    BootCell,
+    Memblock, //
+};
 use super::kho_mm;
 #[cfg(CONFIG_KEXEC_HANDOVER_DEBUGFS)]
 use super::kho_radix::Visitor;
@@ -181,9 +184,8 @@ impl NodeMem for Direct {
 ///
 /// Takeover makes many nodes; memblock takes its time for each request, whatever its size. They are
 /// zeroed one by one, when they are used.
-// Early boot runs on one CPU.
 #[link_section = ".init.data"]
-static mut POOL: (u64, u64) = (0, 0);
+static POOL: BootCell<(u64, u64)> = BootCell::new((0, 0));
 
 /// How many pages are taken from memblock at once.
 const POOL_PAGES: u64 = 16;
@@ -192,8 +194,7 @@ const POOL_PAGES: u64 = 16;
 #[link_section = ".init.text"]
 fn alloc_early(memblock: Memblock) -> Option<NodeAddr> {
     const PAGE: u64 = bindings::PAGE_SIZE as u64;
-    // SAFETY: By `Memblock`'s invariant nothing else runs.
-    let (mut next, mut end) = unsafe { POOL };
+    let (mut next, mut end) = POOL.get(memblock);
     if next == end {
         let mut size = PAGE.saturating_mul(POOL_PAGES);
         let mut virt = memblock.alloc_untracked(size);
@@ -204,8 +205,7 @@ fn alloc_early(memblock: Memblock) -> Option<NodeAddr> {
         next = kho_mm::phys(virt?.as_ptr());
         end = next.saturating_add(size);
     }
-    // SAFETY: By `Memblock`'s invariant nothing else runs.
-    unsafe { POOL = (next.saturating_add(PAGE), end) };
+    POOL.set(memblock, (next.saturating_add(PAGE), end));
     let words = kho_mm::virt::<u64>(next);
     for at in (0..bindings::PAGE_SIZE / size_of::<u64>()).step_by(8) {
         // SAFETY: The page has that many words, and is nobody's. Volatile, or this would be a call
@@ -227,9 +227,8 @@ fn alloc_early(memblock: Memblock) -> Option<NodeAddr> {
 
 /// Frees what no node was made of.
 #[link_section = ".init.text"]
-pub(crate) fn drain_pool(_memblock: Memblock) {
-    // SAFETY: By `Memblock`'s invariant nothing else runs that uses the pool.
-    let (next, end) = unsafe { (&raw mut POOL).replace((0, 0)) };
+pub(crate) fn drain_pool(memblock: Memblock) {
+    let (next, end) = POOL.replace(memblock, (0, 0));
     // SAFETY: Only nodes of this kernel's are freed.
     let direct = unsafe { Direct::new() };
     (next..end)

@@ -17,7 +17,10 @@
 //! Everything here is `__init`.
 
 use super::kho_key::Pfn;
-use super::kho_memblock::Memblock;
+use super::kho_memblock::{
+    BootCell,
+    Memblock, //
+};
 use super::kho_mm;
 use super::kho_param::{
     self,
@@ -35,24 +38,23 @@ use core::{
 };
 use kernel::{
     bindings,
-    prelude::*, //
+    prelude::*,
+    sync::SetOnce, //
 };
 
 /// Scratch areas begin and end at multiples of this.
 const ALIGN: u64 = bindings::KHO_SCRATCH_ALIGN as u64;
 
 /// What `kho_scratch=` asks for.
-// Only `parse()` writes it and only `reserve()` reads it.
 #[link_section = ".init.data"]
-static mut SCRATCH: Scratch = Scratch::DEFAULT;
+static SCRATCH: BootCell<Scratch> = BootCell::new(Scratch::DEFAULT);
 
 /// Whether this kernel reserved its scratch areas itself, and has not opened them yet.
 static RESERVED: AtomicBool = AtomicBool::new(false);
 
-/// What early boot took, as [`report`] found it.
-// Only `report()` writes it and only `cut()` reads it.
+/// What early boot took, as [`report`] found it. For [`cut`], when there is no memblock any more.
 #[link_section = ".init.data"]
-static mut TOOK: Used = Used { low: 0, all: 0 };
+static TOOK: SetOnce<Used> = SetOnce::new();
 
 /// Parses `kho_scratch=`.
 ///
@@ -60,7 +62,7 @@ static mut TOOK: Used = Used { low: 0, all: 0 };
 ///
 /// `arg` must be null or a string that ends with a NUL.
 #[link_section = ".init.text"]
-pub(crate) unsafe fn parse(arg: *const c_char) {
+pub(crate) unsafe fn parse(memblock: Memblock, arg: *const c_char) {
     let text: &[u8] = if arg.is_null() {
         &[]
     } else {
@@ -85,8 +87,7 @@ pub(crate) unsafe fn parse(arg: *const c_char) {
             pernode >> 20
         ),
     }
-    // SAFETY: See the static.
-    unsafe { SCRATCH = scratch };
+    SCRATCH.set(memblock, scratch);
 }
 
 /// Returns the address where low memory ends.
@@ -276,8 +277,7 @@ fn checked(place: &Place, size: Option<u64>) -> Result<u64> {
 #[link_section = ".init.text"]
 fn reserve_areas(table: &mut Table, early: Used) -> Result {
     let memblock = table.memblock;
-    // SAFETY: By `Memblock`'s invariant nothing else runs.
-    let scratch = unsafe { SCRATCH };
+    let scratch = SCRATCH.get(memblock);
     let nodes = kho_mm::Nodes::count();
     let on_node = |nid| Place {
         name: "node",
@@ -375,8 +375,7 @@ fn reserve_area(table: &mut Table, place: &Place, size: u64, spare: &mut u64) ->
 #[link_section = ".init.text"]
 pub(crate) fn report(memblock: Memblock) {
     let early = used(memblock, bindings::NUMA_NO_NODE);
-    // SAFETY: By `Memblock`'s invariant nothing else runs.
-    unsafe { TOOK = early };
+    TOOK.populate(early);
     report_size(early);
 }
 
@@ -470,8 +469,10 @@ fn copy_table(old: &[bindings::kho_scratch]) -> Option<*mut bindings::kho_scratc
 /// Cuts a region out of the areas in `table`, if the next kernel can do with what is left.
 #[link_section = ".init.text"]
 fn cut_out(table: *mut bindings::kho_scratch, region: (u64, u64)) -> bool {
-    // SAFETY: `report()` has written it, long before.
-    let took = unsafe { TOOK };
+    // On a cold boot no region is in scratch.
+    let Some(took) = TOOK.copy() else {
+        return false;
+    };
     let old = kho_place::scratch();
     let mut left = Used { low: 0, all: 0 };
     for area in old {

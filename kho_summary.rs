@@ -27,7 +27,8 @@ use super::kho_state;
 use super::PAGE_SHIFT;
 use kernel::{
     seq_file::SeqFile,
-    seq_print, //
+    seq_print,
+    sync::SetOnce, //
 };
 
 /// Orders that a key can have.
@@ -71,38 +72,32 @@ struct Takeover {
     nodes: u64,
     lost: u64,
     cycles: u64,
-    refusal: Option<(&'static str, u64)>,
 }
 
-// Only written while the kernel boots, on one CPU.
-static mut TAKEOVER: Takeover = Takeover {
-    blocks: Blocks::NONE,
-    nodes: 0,
-    lost: 0,
-    cycles: 0,
-    refusal: None,
-};
+static TAKEOVER: SetOnce<Takeover> = SetOnce::new();
 
 /// Notes what was taken over, and how many cycles that took.
 #[link_section = ".init.text"]
 pub(crate) fn note_takeover(stats: &Stats, cycles: u64) {
-    let takeover = &raw mut TAKEOVER;
-    // SAFETY: The kernel boots, on one CPU, and there is no file to read yet.
-    let takeover = unsafe { &mut *takeover };
+    let mut blocks = Blocks::NONE;
     for (order, count) in stats.orders() {
-        takeover.blocks.add(order, count);
+        blocks.add(order, count);
     }
-    takeover.nodes = stats.nodes;
-    takeover.lost = stats.lost;
-    takeover.cycles = cycles;
+    TAKEOVER.populate(Takeover {
+        blocks,
+        nodes: stats.nodes,
+        lost: stats.lost,
+        cycles,
+    });
 }
 
-/// Notes why there is no handover, and about what address that is.
+/// Why there is no handover, and about what address that is.
+static REFUSAL: SetOnce<(&'static str, u64)> = SetOnce::new();
+
+/// Notes why there is no handover. The first reason counts.
 #[link_section = ".init.text"]
 pub(crate) fn note_refusal(why: (&'static str, u64)) {
-    let takeover = &raw mut TAKEOVER;
-    // SAFETY: The kernel boots, on one CPU, and there is no file to read yet.
-    unsafe { (*takeover).refusal = Some(why) };
+    REFUSAL.populate(why);
 }
 
 /// Counts the nodes of a tree, and the blocks that its keys name.
@@ -159,17 +154,14 @@ fn show_outgoing(file: &SeqFile) {
 }
 
 fn show_incoming(file: &SeqFile) {
-    let takeover = &raw const TAKEOVER;
-    // SAFETY: It was written for the last time before there were files.
-    let takeover = unsafe { &*takeover };
-    if let Some((why, phys)) = takeover.refusal {
+    if let Some((why, phys)) = REFUSAL.copy() {
         seq_print!(file, "in: refused: {why} ({phys:#x})\n");
         return;
     }
-    if kho_state::handover().is_none() {
+    let Some(takeover) = TAKEOVER.as_ref() else {
         seq_print!(file, "in: nothing\n");
         return;
-    }
+    };
     takeover.blocks.print(file, "in");
     seq_print!(file, "in nodes: {}\n", takeover.nodes);
     seq_print!(file, "in lost: {} blocks\n", takeover.lost);
