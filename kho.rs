@@ -649,7 +649,8 @@ unsafe extern "C" fn kho_rs_plug(pfn: usize, nr_pages: usize) {
 #[export]
 #[link_section = ".init.text"]
 unsafe extern "C" fn kho_rs_init() -> c_int {
-    errno(kho_kexec::init())
+    // SAFETY: By the caller's contract.
+    errno(unsafe { kho_kexec::init() })
 }
 
 /// Frees the nodes of the outgoing tree that have become empty. May sleep.

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
  * The part of kexec handover that only C can express: exports, parameters and
- * initcalls, tracepoints, statics with lock initialisers, and inline functions of
- * <linux/mm.h> and friends under a name that Rust can call.  There is no policy
- * here.
+ * initcalls, tracepoints, work items, and inline functions of <linux/mm.h> and
+ * friends under a name that Rust can call.  There is no policy here.
  */
 
 #define pr_fmt(fmt) "KHO: " fmt
@@ -394,34 +393,11 @@ void *kho_glue_vmap_done(struct vm_struct *area, struct page **pages,
 
 /* locks, time, environment */
 
-static DEFINE_MUTEX(kho_fdt_mutex);
-static DEFINE_MUTEX(kho_prune_mutex);
-
 DEFINE_PER_CPU(struct kho_glue_hints, kho_hints);
 
 void kho_glue_mutex_init(struct mutex *lock)
 {
 	mutex_init(lock);
-}
-
-void kho_glue_lock_fdt(void)
-{
-	mutex_lock(&kho_fdt_mutex);
-}
-
-void kho_glue_unlock_fdt(void)
-{
-	mutex_unlock(&kho_fdt_mutex);
-}
-
-void kho_glue_lock_prune(void)
-{
-	mutex_lock(&kho_prune_mutex);
-}
-
-void kho_glue_unlock_prune(void)
-{
-	mutex_unlock(&kho_prune_mutex);
 }
 
 static void kho_prune(struct work_struct *work)

@@ -115,10 +115,6 @@ void *kho_glue_vmap_done(struct vm_struct *area, struct page **pages,
 
 /* locks, time, environment */
 void kho_glue_mutex_init(struct mutex *lock);
-void kho_glue_lock_fdt(void);
-void kho_glue_unlock_fdt(void);
-void kho_glue_lock_prune(void);
-void kho_glue_unlock_prune(void);
 void kho_glue_schedule_prune(void);
 void kho_glue_watch_memory(void);
 bool kho_glue_may_complain(unsigned int kind);

@@ -5,9 +5,15 @@
 //! Also the note that each kernel leaves for the next one, and the places for segments of an image.
 //! The functions for images run under the lock that `kexec_file_load()` holds.
 
-use super::kho_libfdt::RootFdt;
+use super::kho_libfdt::{
+    RootFdt,
+    KHO_FDT_MUTEX, //
+};
 use super::kho_mm;
-use super::kho_nodemem::Direct;
+use super::kho_nodemem::{
+    Direct,
+    KHO_PRUNE_MUTEX, //
+};
 use super::kho_pages;
 use super::kho_place;
 use super::kho_radix::{
@@ -255,9 +261,18 @@ pub(crate) fn write_metadata(count: u32) -> Result {
     added
 }
 
-/// Makes the outgoing tree and FDT. Called once, as an `fs_initcall`.
+/// Makes the outgoing tree and FDT.
+///
+/// # Safety
+///
+/// To be called once, as an `fs_initcall`.
 #[link_section = ".init.text"]
-pub(crate) fn init() -> Result {
+pub(crate) unsafe fn init() -> Result {
+    // SAFETY: By the caller's contract this is the only call.
+    unsafe {
+        KHO_FDT_MUTEX.init();
+        KHO_PRUNE_MUTEX.init();
+    }
     let is_on = kho_state::is_enabled();
     pr_info!(
         "Rust implementation, {}\n",

@@ -12,7 +12,11 @@ use super::kho_fdt::{
 use super::kho_radix::NodeAddr;
 use kernel::{
     bindings,
-    prelude::*, //
+    prelude::*,
+    sync::{
+        global_lock,
+        GlobalGuard, //
+    },
 };
 
 /// Names of properties.
@@ -177,13 +181,22 @@ impl Fdt {
     }
 }
 
+global_lock! {
+    // SAFETY: `kho_kexec::init()` initialises it before it makes the page that it is for.
+    /// Held while a [`RootFdt`] exists.
+    pub(crate) unsafe(uninit) static KHO_FDT_MUTEX: Mutex<()> = ();
+}
+
 /// The root FDT that this kernel hands over: one page, complete at every moment but those of a
 /// change.
 ///
 /// # Invariants
 ///
 /// The page holds an FDT that libfdt wrote; only the holder of a `RootFdt` writes it.
-pub(crate) struct RootFdt(*mut c_void);
+pub(crate) struct RootFdt {
+    page: *mut c_void,
+    _lock: GlobalGuard<KHO_FDT_MUTEX>,
+}
 
 impl RootFdt {
     /// Returns the FDT at `page`, which nobody else has until this is dropped.
@@ -192,10 +205,11 @@ impl RootFdt {
     ///
     /// `page` must be the page that [`RootFdt::create`] was called on.
     pub(crate) unsafe fn lock(page: *mut c_void) -> Self {
-        // SAFETY: The mutex is a static one, and the caller may sleep.
-        unsafe { bindings::kho_glue_lock_fdt() };
         // INVARIANT: By the caller's contract and the lock.
-        Self(page)
+        Self {
+            page,
+            _lock: KHO_FDT_MUTEX.lock(),
+        }
     }
 
     /// Writes an FDT without subtrees that names `map`.
@@ -236,7 +250,7 @@ impl RootFdt {
     /// Returns the FDT for reading.
     pub(crate) fn read(&self) -> Fdt {
         // INVARIANT: By the type invariant.
-        Fdt(self.0)
+        Fdt(self.page)
     }
 
     /// Adds the subtree `name` for `blob`, all of it or nothing.
@@ -250,7 +264,7 @@ impl RootFdt {
             // SAFETY: By the type invariant this is an FDT, and only we write it.
             unsafe {
                 bindings::fdt_setprop_namelen(
-                    self.0,
+                    self.page,
                     node,
                     name.as_char_ptr(),
                     name.to_bytes().len() as c_int,
@@ -262,21 +276,21 @@ impl RootFdt {
         // SAFETY: The page is as long as libfdt is told. Removing the node that was added last
         // and packing cannot fail.
         unsafe {
-            if bindings::fdt_open_into(self.0, self.0, bindings::PAGE_SIZE as c_int) < 0 {
+            if bindings::fdt_open_into(self.page, self.page, bindings::PAGE_SIZE as c_int) < 0 {
                 return Err(FdtError::Full);
             }
-            let node = bindings::fdt_add_subnode(self.0, 0, name);
+            let node = bindings::fdt_add_subnode(self.page, 0, name);
             let result = if node == -(bindings::FDT_ERR_EXISTS as c_int) {
                 Err(FdtError::Exists)
             } else if node < 0 {
                 Err(FdtError::Full)
             } else if set(node, DATA, blob.phys) < 0 || set(node, SIZE, blob.size) < 0 {
-                bindings::fdt_del_node(self.0, node);
+                bindings::fdt_del_node(self.page, node);
                 Err(FdtError::Full)
             } else {
                 Ok(())
             };
-            bindings::fdt_pack(self.0);
+            bindings::fdt_pack(self.page);
             result
         }
     }
@@ -290,16 +304,9 @@ impl RootFdt {
         let Some(node) = found else { return false };
         // SAFETY: By the type invariant this is an FDT, and libfdt has just found the node in it.
         unsafe {
-            bindings::fdt_del_node(self.0, node.0);
-            bindings::fdt_pack(self.0);
+            bindings::fdt_del_node(self.page, node.0);
+            bindings::fdt_pack(self.page);
         }
         true
-    }
-}
-
-impl Drop for RootFdt {
-    fn drop(&mut self) {
-        // SAFETY: Locked by `lock()`.
-        unsafe { bindings::kho_glue_unlock_fdt() };
     }
 }

@@ -39,7 +39,11 @@ use core::{
         Ordering, //
     },
 };
-use kernel::bindings;
+use kernel::{
+    bindings,
+    prelude::*,
+    sync::global_lock, //
+};
 
 /// The generation of tree nodes, for [`Hints`]; odd while a tree is being pruned.
 ///
@@ -237,14 +241,17 @@ pub(crate) fn drain_pool(memblock: Memblock) {
         .for_each(|node| direct.free(node));
 }
 
+global_lock! {
+    // SAFETY: `kho_kexec::init()` initialises it before it makes the outgoing tree. No other tree
+    // is pruned or visited, but in KUnit, which comes later; and nobody waits unless one is pruned.
+    /// Held while a tree is pruned or visited.
+    pub(crate) unsafe(uninit) static KHO_PRUNE_MUTEX: Mutex<()> = ();
+}
+
 #[cold]
 #[inline(never)]
 fn wait_for_prune() {
-    // SAFETY: The mutex is a static one; the caller holds no lock.
-    unsafe {
-        bindings::kho_glue_lock_prune();
-        bindings::kho_glue_unlock_prune();
-    }
+    drop(KHO_PRUNE_MUTEX.lock());
 }
 
 /// Whether a prune is to come. If it is just beginning, it may miss what became empty right now;
@@ -254,9 +261,7 @@ static PRUNE_IS_DUE: AtomicBool = AtomicBool::new(false);
 /// Prunes `tree`, which this kernel made, while nobody else is in it; unless all of it is in use.
 pub(crate) fn prune(tree: &Tree<Direct>) {
     PRUNE_IS_DUE.store(false, Ordering::Relaxed);
-    // SAFETY: The mutex is a static one, and this runs from a work queue, where waiting for a
-    // grace period is allowed.
-    unsafe { bindings::kho_glue_lock_prune() };
+    let _lock = KHO_PRUNE_MUTEX.lock();
     if tree.has_empty() {
         GENERATION.fetch_add(1, Ordering::Relaxed);
         // SAFETY: A work item may sleep, and holds no guard.
@@ -264,18 +269,13 @@ pub(crate) fn prune(tree: &Tree<Direct>) {
         tree.prune();
         GENERATION.fetch_add(1, Ordering::Release);
     }
-    // SAFETY: Locked above.
-    unsafe { bindings::kho_glue_unlock_prune() };
 }
 
 /// Shows all of `tree`, which this kernel made, to `visitor`, while it is not pruned.
 #[cfg(CONFIG_KEXEC_HANDOVER_DEBUGFS)]
 pub(crate) fn visit(tree: &Tree<Direct>, visitor: &mut dyn Visitor) {
-    // SAFETY: The mutex is a static one, and the caller may sleep.
-    unsafe { bindings::kho_glue_lock_prune() };
+    let _lock = KHO_PRUNE_MUTEX.lock();
     tree.visit(visitor);
-    // SAFETY: Locked above.
-    unsafe { bindings::kho_glue_unlock_prune() };
 }
 
 /// Has the outgoing tree pruned in a while.
