@@ -104,13 +104,10 @@ pub(crate) unsafe fn locate_hole(
         // SAFETY: See the static.
         unsafe { ATTEMPTS = Attempts::NONE };
     }
-    for area in kho_place::scratch() {
-        if area.size == 0 {
-            continue;
-        }
+    for (start, end) in kho_place::areas() {
         let mut resource = bindings::resource {
-            start: area.addr,
-            end: area.addr.saturating_add(area.size).saturating_sub(1),
+            start,
+            end: end.saturating_sub(1),
             ..Default::default()
         };
         // SAFETY: By the caller's contract.
@@ -157,9 +154,8 @@ unsafe fn report_shortage(buffer: &bindings::kexec_buf) {
     });
     let placed = placed.map(|segment| (segment.mem as u64, segment.memsz as u64));
     let mut hole = 0;
-    for area in kho_place::scratch() {
-        let start = area.addr.max(buffer.buf_min as u64);
-        let end = area.addr.saturating_add(area.size);
+    for (start, end) in kho_place::areas() {
+        let start = start.max(buffer.buf_min as u64);
         let end = end.min((buffer.buf_max as u64).saturating_add(1));
         let free = kho_range::largest_hole(start, end, buffer.buf_align as u64, placed.clone());
         hole = free.max(hole);

@@ -217,12 +217,12 @@ impl Memblock {
             if !is_mapped(region) {
                 continue;
             }
-            while let Some(area) = kho_place::next_scratch(start) {
-                if area.addr > start {
-                    end = end.min(area.addr);
+            while let Some((scratch, behind)) = kho_place::next_scratch(start) {
+                if scratch > start {
+                    end = end.min(scratch);
                     break;
                 }
-                start = area.addr.saturating_add(area.size);
+                start = behind;
             }
             let usable = inside(start, end);
             if !usable.is_empty() {
@@ -287,11 +287,11 @@ impl Memblock {
         None
     }
 
-    /// Returns how many of `frames` are usable and not reserved.
+    /// Returns how many frames are usable and not reserved.
     #[link_section = ".init.text"]
-    pub(crate) fn free_frames(self, frames: Frames) -> u64 {
+    pub(crate) fn free_frames(self) -> u64 {
         let mut count = 0u64;
-        let mut rest = frames;
+        let mut rest = Frames::between(0, self.ram_end());
         while let Some(free) = self.first_free(rest) {
             count = count.saturating_add(free.count());
             rest = rest.from(free.end());
@@ -349,8 +349,8 @@ impl Memblock {
     pub(crate) fn keep_scratch(self, frames: Frames) -> (Frames, u64) {
         let next = frames.start().saturating_add(1);
         let part = match kho_place::next_scratch(frames.phys()) {
-            Some(area) if area.addr <= frames.phys() => {
-                frames.until((area.addr.saturating_add(area.size) >> PAGE_SHIFT).max(next))
+            Some((start, end)) if start <= frames.phys() => {
+                frames.until((end >> PAGE_SHIFT).max(next))
             }
             _ => frames.until(next),
         };

@@ -38,24 +38,32 @@ pub(crate) fn scratch() -> &'static [bindings::kho_scratch] {
     }
 }
 
+/// Returns where the scratch areas start and end. C hands over empty ones, which are left out.
+#[inline]
+pub(crate) fn areas() -> impl Iterator<Item = (u64, u64)> {
+    let areas = scratch().iter().filter(|area| area.size > 0);
+    areas.map(|area| (area.addr, area.addr.saturating_add(area.size)))
+}
+
+/// Returns how many bytes the scratch areas have.
+pub(crate) fn scratch_size() -> u64 {
+    let areas = scratch().iter();
+    areas.fold(0, |size, area| area.size.saturating_add(size))
+}
+
 /// Returns the scratch area around `phys`, or the next one after that.
 #[link_section = ".init.text"]
-pub(crate) fn next_scratch(phys: u64) -> Option<&'static bindings::kho_scratch> {
-    // C hands over empty areas.
-    let areas = scratch().iter().filter(|area| area.size > 0);
-    areas
-        .filter(|area| area.addr.saturating_add(area.size) > phys)
-        .min_by_key(|area| area.addr)
+pub(crate) fn next_scratch(phys: u64) -> Option<(u64, u64)> {
+    areas()
+        .filter(|(_, end)| *end > phys)
+        .min_by_key(|(start, _)| *start)
 }
 
 /// Returns whether any of the `size` bytes at `phys` is in a scratch area.
 #[inline(never)]
 pub(crate) fn in_scratch(phys: u64, size: u64) -> bool {
-    let end = phys.saturating_add(size);
-    scratch().iter().any(|area| {
-        // C hands over empty areas.
-        area.size > 0 && phys < area.addr.saturating_add(area.size) && area.addr < end
-    })
+    let after = phys.saturating_add(size);
+    areas().any(|(start, end)| phys < end && start < after)
 }
 
 /// A range around all memory that was plugged in while this kernel ran, or was offline: its first
@@ -87,8 +95,9 @@ pub(crate) fn draw_map() {
     let shift = u64::BITS - (frames >> 6).leading_zeros();
     REFUSED_MAP_SHIFT.store(shift, Ordering::Relaxed);
     let mut map = 0u64;
-    for area in scratch().iter().filter(|area| area.size > 0) {
-        map |= Frames::covering(area.addr, area.size).map_or(u64::MAX, map_bits);
+    for (start, end) in areas() {
+        let frames = Frames::covering(start, end.saturating_sub(start));
+        map |= frames.map_or(u64::MAX, map_bits);
     }
     REFUSED_MAP.store(map, Ordering::Relaxed);
     // SAFETY: Called once, while booting.

@@ -233,19 +233,15 @@ impl Table {
 /// Checks that scratch leaves enough memory to the running kernel.
 #[link_section = ".init.text"]
 fn check_left(memblock: Memblock, early: Used) -> Result {
-    let (mut total, mut left) = (0u64, 0u64);
-    for frames in memblock.memory() {
-        total = total.saturating_add(frames.count());
-        left = left.saturating_add(memblock.free_frames(frames));
-    }
+    let left = memblock.free_frames();
     let floor = kho_param::floor(early);
     if left << PAGE_SHIFT < floor {
         pr_err!(
             "disabled: {} KiB of scratch would leave {} KiB of {} KiB, less than {} KiB; see \
              kho_scratch=\n",
-            total_size() >> 10,
+            kho_place::scratch_size() >> 10,
             left << (PAGE_SHIFT - 10),
-            total << (PAGE_SHIFT - 10),
+            memblock.total_frames() << (PAGE_SHIFT - 10),
             floor >> 10
         );
         return Err(ENOMEM);
@@ -396,16 +392,10 @@ pub(crate) fn give_up(memblock: Memblock) {
 }
 
 #[link_section = ".init.text"]
-fn total_size() -> u64 {
-    let areas = kho_place::scratch().iter();
-    areas.fold(0, |size, area| area.size.saturating_add(size))
-}
-
-#[link_section = ".init.text"]
 fn report_size(early: Used) {
     pr_info!(
         "scratch has {} KiB in {} areas, early boot took {} KiB\n",
-        total_size() >> 10,
+        kho_place::scratch_size() >> 10,
         kho_place::scratch().len(),
         early.all >> 10
     );
@@ -439,7 +429,7 @@ pub(crate) fn cut() {
         }
         pr_info!(
             "{} KiB of scratch are left: reserve_mem= has the rest\n",
-            total_size() >> 10
+            kho_place::scratch_size() >> 10
         );
     }
 }

@@ -129,9 +129,7 @@ pub(crate) fn show(file: &SeqFile) {
     let yes = |is: bool| if is { "yes" } else { "no" };
     seq_print!(file, "implementation: rust\n");
     seq_print!(file, "enabled: {}\n", yes(kho_state::is_enabled()));
-    let areas = kho_place::scratch().iter();
-    let size = areas.fold(0u64, |size, area| area.size.saturating_add(size));
-    let count = kho_place::scratch().len();
+    let (count, size) = (kho_place::scratch().len(), kho_place::scratch_size());
     seq_print!(file, "scratch: {count} areas, {} KiB\n", size >> 10);
     show_outgoing(file);
     show_incoming(file);

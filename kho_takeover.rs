@@ -255,16 +255,12 @@ impl Takeover {
     /// Returns whether a kernel can run with what is left if all is kept that was found.
     #[link_section = ".init.text"]
     fn leaves_enough(&self) -> bool {
-        let mut free = 0u64;
-        for memory in self.memblock.memory() {
-            free = free.saturating_add(self.memblock.free_frames(memory));
-        }
         let mut found = self.stats.frames;
         for frames in frames_in(&self.sets.lost, self.all_frames()) {
             found = found.saturating_add(frames.count());
         }
         let share = self.memblock.total_frames() / FLOOR_SHARE;
-        free.saturating_sub(found) >= share.clamp(FLOOR, FLOOR_MOST)
+        self.memblock.free_frames().saturating_sub(found) >= share.clamp(FLOOR, FLOOR_MOST)
     }
 
     /// Keeps the memory of blocks that cannot be taken over, as far as this boot has not used it.
