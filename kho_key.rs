@@ -165,6 +165,12 @@ impl Block {
         Some(Self { pfn, order })
     }
 
+    /// Returns the block of `order` at `phys`, or [`None`] if that is not aligned to its size.
+    #[inline]
+    pub(crate) fn at(phys: u64, order: Order) -> Option<Self> {
+        Self::new(Pfn::from_phys(phys)?, order)
+    }
+
     /// Returns the block of `order` that has frame `pfn`.
     #[inline]
     pub(crate) const fn around(pfn: Pfn, order: Order) -> Self {

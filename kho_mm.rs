@@ -6,15 +6,13 @@
 //! file's: nobody else reads or writes `page->private` of memory that was taken over.
 
 use super::kho_key::{
+    Block,
     Order,
     Pfn, //
 };
 use super::kho_place;
 use super::kho_range::Frames;
-use super::{
-    GRAIN_ORDER,
-    PAGE_SHIFT, //
-};
+use super::GRAIN_ORDER;
 use core::{
     ptr::NonNull,
     sync::atomic::{
@@ -148,6 +146,14 @@ pub(crate) enum Mark {
     Claimed = 0x4b48_4f51,
 }
 
+impl Mark {
+    /// Returns what `page->private` is with this mark.
+    #[inline(always)]
+    fn on(self, order: Order) -> usize {
+        (self as usize) << MARK_SHIFT | order.get() as usize
+    }
+}
+
 /// The bits of a frame number that are 0 in the first frame of a grain.
 #[cfg(CONFIG_KEXEC_HANDOVER_DEBUGFS)]
 const GRAIN_MASK: u64 = (1 << GRAIN_ORDER) - 1;
@@ -233,17 +239,16 @@ impl Page {
 
     /// Writes `mark` and the order.
     pub(crate) fn mark(self, mark: Mark, order: Order) {
-        let private = (mark as usize) << MARK_SHIFT | order.get() as usize;
-        self.private().store(private, Ordering::Relaxed);
+        self.private().store(mark.on(order), Ordering::Relaxed);
     }
 
     /// Turns mark `from` into `to` on a block of `order`; returns false if somebody else was
     /// faster.
     #[inline(always)]
     pub(crate) fn turn(self, from: Mark, to: Mark, order: Order) -> bool {
-        let word = |mark: Mark| (mark as usize) << MARK_SHIFT | order.get() as usize;
+        let (from, to) = (from.on(order), to.on(order));
         self.private()
-            .compare_exchange(word(from), word(to), Ordering::AcqRel, Ordering::Relaxed)
+            .compare_exchange(from, to, Ordering::AcqRel, Ordering::Relaxed)
             .is_ok()
     }
 
@@ -256,7 +261,7 @@ impl Page {
     pub(crate) fn take_folio(self) -> Option<(*mut bindings::folio, Order)> {
         let private = self.private().load(Ordering::Relaxed);
         // What is left without the mark is the order, or with another mark no order at all.
-        let order = private ^ (Mark::Preserved as usize) << MARK_SHIFT;
+        let order = private ^ Mark::Preserved.on(Order::ZERO);
         if order > bindings::KHO_MAX_FOLIO_ORDER as usize {
             return None;
         }
@@ -299,7 +304,7 @@ pub(crate) fn is_folio(order: Order) -> bool {
 
 /// Frames that are online all or none (`PAGES_PER_SUBSECTION`).
 #[cfg(CONFIG_KEXEC_HANDOVER_DEBUGFS)]
-const SUBSECTION: u64 = (2 << 20) >> PAGE_SHIFT;
+const SUBSECTION: u64 = (2 << 20) >> super::PAGE_SHIFT;
 
 /// Calls `each` with the order of every block that carries `mark`. Looks at each page there is, and
 /// may sleep.
@@ -369,11 +374,16 @@ pub(crate) unsafe fn free_folio(folio: NonNull<c_void>) {
 /// Returns `mem`, `2^order` pages that were just allocated, or others if those were plugged in.
 fn there_at_boot(mem: *mut c_void, order: Order) -> Option<NonNull<c_void>> {
     let mem = NonNull::new(mem)?;
-    let frames = Frames::covering(phys(mem.as_ptr()), order.pages() << PAGE_SHIFT);
-    if frames.is_some_and(kho_place::is_plugged) {
+    if is_plugged(mem, order) {
         return alloc_elsewhere(mem, order);
     }
     Some(mem)
+}
+
+/// Returns whether any of `2^order` pages that were just allocated was plugged in.
+fn is_plugged(mem: NonNull<c_void>, order: Order) -> bool {
+    let block = Block::at(phys(mem.as_ptr()), order);
+    block.is_some_and(|block| kho_place::is_plugged(Frames::of_block(block)))
 }
 
 /// Tries to allocate `2^order` pages that were there at boot: once on each node, and once in each
@@ -398,8 +408,7 @@ fn alloc_elsewhere(plugged: NonNull<c_void>, order: Order) -> Option<NonNull<c_v
         let Some(mem) = NonNull::new(mem) else {
             continue;
         };
-        let frames = Frames::covering(phys(mem.as_ptr()), order.pages() << PAGE_SHIFT);
-        if !frames.is_some_and(kho_place::is_plugged) {
+        if !is_plugged(mem, order) {
             found = Some(mem);
             break;
         }

@@ -19,8 +19,7 @@
 use super::kho_key::{
     Block,
     Key,
-    Order,
-    Pfn, //
+    Order, //
 };
 use super::kho_log::{
     self,
@@ -343,9 +342,7 @@ pub(crate) fn alloc_preserve(size: usize) -> Result<*mut c_void> {
     kho_state::out_tree().ok_or(EOPNOTSUPP)?;
     let order = Order::new(order).ok_or(E2BIG)?;
     let folio = kho_mm::alloc_folio(order).ok_or(ENOMEM)?;
-    let block = Pfn::from_phys(kho_mm::phys(folio.as_ptr()))
-        .and_then(|pfn| Block::new(pfn, order))
-        .ok_or(EINVAL);
+    let block = Block::at(kho_mm::phys(folio.as_ptr()), order).ok_or(EINVAL);
     match block.and_then(preserve_block) {
         Ok(()) => Ok(folio.as_ptr()),
         Err(error) => {

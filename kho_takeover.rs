@@ -72,8 +72,7 @@ use super::kho_grain::{
 use super::kho_key::{
     Block,
     Key,
-    Order,
-    Pfn, //
+    Order, //
 };
 use super::kho_memblock::Memblock;
 use super::kho_mm;
@@ -460,7 +459,7 @@ impl Takeover {
     /// that grain.
     #[link_section = ".init.text"]
     fn block_around(&self, frames: Frames) -> Option<Block> {
-        let page = Block::new(Pfn::new(frames.start())?, Order::ZERO)?;
+        let page = frames.first_block(Order::ZERO)?;
         kho_check::larger_block(
             &self.tree,
             &self.stats,

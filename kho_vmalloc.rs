@@ -23,8 +23,7 @@
 
 use super::kho_key::{
     Block,
-    Order,
-    Pfn, //
+    Order, //
 };
 use super::kho_log;
 use super::kho_mm::{
@@ -56,7 +55,7 @@ const KHO_HUGE_VMAP: u16 = 1 << 1;
 
 /// Returns the frames of the block at `phys`.
 fn frames_at(phys: u64, order: Order) -> Option<Frames> {
-    Block::new(Pfn::from_phys(phys)?, order).map(Frames::of_block)
+    Block::at(phys, order).map(Frames::of_block)
 }
 
 /// A chunk of the list.

@@ -91,6 +91,8 @@ fn blocks_to_keys_and_back() {
         assert_eq!(first.get(), abi::encode(0, at.get()));
         for pfn in pfns() {
             let frame = Pfn::new(pfn).unwrap();
+            assert_eq!(Block::at(frame.phys(), at), Block::new(frame, at));
+            assert_eq!(Block::at(frame.phys() + 1, at), None);
             let Some(block) = Block::new(frame, at) else {
                 assert_ne!(pfn % at.pages(), 0);
                 continue;
