@@ -343,9 +343,11 @@ fn shortage() {
 fn attempts() {
     let kernel = short(64, 8);
     // There is no place at all for the kernel.
-    assert_eq!(Attempts::NONE.end(kernel, true), Some(kernel));
+    let mut none = Attempts::NONE;
+    assert_eq!(none.end(kernel, true), Some(kernel));
     // There is no further one, and something else was wrong at the places that there are.
-    assert_eq!(Attempts::NONE.end(kernel, false), None);
+    let mut none = Attempts::NONE;
+    assert_eq!(none.end(kernel, false), None);
 
     // Whatever the order of what was short, the least of it is what to say.
     let closest = short(50, 45);
