@@ -352,20 +352,14 @@ impl Hint {
         NodeAddr::new(self.table.get())
     }
 
-    /// Notes another leaf below the same table.
-    #[inline(always)]
-    fn remember_leaf(&self, key: Key, leaf: NodeAddr) {
-        self.keys.set(leaf_keys(key));
-        self.leaf.set(leaf.get());
-    }
-
     /// Notes a table and a leaf below it.
     #[inline(always)]
     fn remember(&self, generation: u64, root: NodeAddr, key: Key, table: NodeAddr, leaf: NodeAddr) {
         self.generation.set(generation);
         self.root.set(root.get());
+        self.keys.set(leaf_keys(key));
+        self.leaf.set(leaf.get());
         self.table.set(table.get());
-        self.remember_leaf(key, leaf);
     }
 }
 
@@ -604,38 +598,32 @@ impl<M: NodeMem> Tree<M> {
         self.child(table, key, 1).map(|addr| self.mem.node(addr))
     }
 
-    /// Returns where the leaf for `key` is, if it is the one that was noted.
-    // The address, which is known not to be 0: a reference would be looked at once more.
+    /// Returns the tree for a function that is not inlined. Were that given a reference, the tree
+    /// would be written to memory for each key.
     #[inline(always)]
-    fn hinted_leaf(&self, guard: &M::Guard<'_>, key: Key) -> Option<NodeAddr> {
-        let hint = guard.hints().of(key);
-        hint.leaf_for(guard.generation(), self.root, key)
+    fn by_value(&self) -> Self {
+        Self::from_root(self.mem, self.root)
     }
 
-    /// Finds the leaf for `key` as [`Tree::find_leaf`], and notes it.
-    // Always inlined: it is the way of every key that does not follow the last one.
+    /// Returns where the leaf for `key` is, by the hint if that is the one.
+    // The address, which is known not to be 0: a reference would be looked at once more.
     #[inline(always)]
-    fn search(&self, guard: &M::Guard<'_>, key: Key) -> Option<&Node> {
-        let hint = guard.hints().of(key);
-        let generation = guard.generation();
-        let Some(table) = hint.table_for(generation, self.root, key) else {
-            let tree = Self::from_root(self.mem, self.root);
-            let leaf = tree.search_from_root(hint, generation, key)?;
-            return Some(self.mem.node(leaf));
+    fn leaf_for(&self, guard: &M::Guard<'_>, key: Key) -> Option<NodeAddr> {
+        let (hint, generation) = (guard.hints().of(key), guard.generation());
+        hint.leaf_for(generation, self.root, key)
+            .or_else(|| self.by_value().search(hint, generation, key))
+    }
+
+    /// Finds the leaf for `key`, which is not the one that was noted, and notes it.
+    #[inline(never)]
+    fn search(self, hint: &Hint, generation: u64, key: Key) -> Option<NodeAddr> {
+        let table = match hint.table_for(generation, self.root, key) {
+            Some(table) => table,
+            None => self.locate_table(key).ok()?,
         };
         let leaf = self.child(table, key, 1).ok()?;
         // INVARIANT: It has just been found. No node is taken away under the guard, and the
         // generation changes before any is.
-        hint.remember_leaf(key, leaf);
-        Some(self.mem.node(leaf))
-    }
-
-    // By value, so that neither the tree nor the guard need be in memory for `search()`.
-    #[inline(never)]
-    fn search_from_root(self, hint: &Hint, generation: u64, key: Key) -> Option<NodeAddr> {
-        let table = self.locate_table(key).ok()?;
-        let leaf = self.child(table, key, 1).ok()?;
-        // INVARIANT: As above.
         hint.remember(generation, self.root, key, table, leaf);
         Some(leaf)
     }
@@ -648,19 +636,11 @@ impl<M: NodeMem> Tree<M> {
     #[inline(always)]
     pub(crate) fn add(&self, key: Key) -> Result<bool, NoMemory> {
         let guard = self.mem.enter();
-        match self.hinted_leaf(&guard, key) {
-            Some(leaf) => Ok(set(self.mem.node(leaf), key)),
-            None => Self::from_root(self.mem, self.root).add_elsewhere(guard, key),
+        if let Some(leaf) = self.leaf_for(&guard, key) {
+            return Ok(set(self.mem.node(leaf), key));
         }
-    }
-
-    /// Returns the leaf for `key`, by the hint if that is the one.
-    #[inline(always)]
-    fn leaf_for(&self, guard: &M::Guard<'_>, key: Key) -> Option<&Node> {
-        match self.hinted_leaf(guard, key) {
-            Some(leaf) => Some(self.mem.node(leaf)),
-            None => self.search(guard, key),
-        }
+        drop(guard);
+        self.by_value().grow(key)
     }
 
     /// Adds `keys` one after the other, in few passes. May sleep.
@@ -677,7 +657,7 @@ impl<M: NodeMem> Tree<M> {
             let Some(key) = self.add_some(&mut keys)? else {
                 return Ok(());
             };
-            match self.grow(key) {
+            match self.by_value().grow(key) {
                 Ok(true) => {}
                 Ok(false) => return Err((key, None)),
                 Err(error) => return Err((key, Some(error))),
@@ -699,7 +679,7 @@ impl<M: NodeMem> Tree<M> {
                     return Ok(None);
                 };
                 match self.leaf_for(&guard, key) {
-                    Some(leaf) if set(leaf, key) => {}
+                    Some(leaf) if set(self.mem.node(leaf), key) => {}
                     Some(_) => return Err((key, None)),
                     None => return Ok(Some(key)),
                 }
@@ -729,7 +709,8 @@ impl<M: NodeMem> Tree<M> {
             let guard = self.mem.enter();
             for _ in 0..BATCH {
                 let key = keys.next()?;
-                match self.leaf_for(&guard, key).map(|leaf| clear(leaf, key)) {
+                let leaf = self.leaf_for(&guard, key);
+                match leaf.map(|leaf| clear(self.mem.node(leaf), key)) {
                     Some(Removal::Removed) => {}
                     Some(Removal::Emptied) => *emptied = true,
                     Some(Removal::Absent) | None => return Some(key),
@@ -738,21 +719,10 @@ impl<M: NodeMem> Tree<M> {
         }
     }
 
-    /// Adds `key` to another leaf than the last one.
-    // By value, so that the tree need not be in memory for `add()` to call this.
-    #[inline(never)]
-    fn add_elsewhere(self, guard: M::Guard<'_>, key: Key) -> Result<bool, NoMemory> {
-        if let Some(leaf) = self.search(&guard, key) {
-            return Ok(set(leaf, key));
-        }
-        drop(guard);
-        self.grow(key)
-    }
-
     /// Adds `key` where nodes are missing.
     #[cold]
     #[inline(never)]
-    fn grow(&self, key: Key) -> Result<bool, NoMemory> {
+    fn grow(self, key: Key) -> Result<bool, NoMemory> {
         let mut preload = Preload::new(&self.mem);
         // Each turn sees a tree with fewer nodes missing or, after a prune, has more preloaded.
         loop {
@@ -780,17 +750,8 @@ impl<M: NodeMem> Tree<M> {
     #[inline(always)]
     pub(crate) fn remove(&self, key: Key) -> Removal {
         let guard = self.mem.enter();
-        match self.hinted_leaf(&guard, key) {
+        match self.leaf_for(&guard, key) {
             Some(leaf) => clear(self.mem.node(leaf), key),
-            None => Self::from_root(self.mem, self.root).remove_elsewhere(guard, key),
-        }
-    }
-
-    /// Removes `key` from another leaf than the last one.
-    #[inline(never)]
-    fn remove_elsewhere(self, guard: M::Guard<'_>, key: Key) -> Removal {
-        match self.search(&guard, key) {
-            Some(leaf) => clear(leaf, key),
             None => Removal::Absent,
         }
     }
