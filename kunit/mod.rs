@@ -12,8 +12,7 @@
 
 use super::kho_key::{
     Block,
-    Order,
-    Pfn, //
+    Order, //
 };
 use super::kho_mm::{
     self,
@@ -30,6 +29,10 @@ use super::{
 use core::sync::atomic::Ordering;
 use kernel::{
     bindings,
+    error::{
+        from_err_ptr,
+        to_result, //
+    },
     prelude::*, //
 };
 
@@ -38,6 +41,11 @@ use kernel::{
 fn expect(result: Result) -> c_int {
     let on = kho_state::is_enabled();
     super::errno(if on { result } else { Err(EOPNOTSUPP) })
+}
+
+/// Returns a pointer to the struct page of a frame, which is null if it is not online.
+fn page_ptr(pfn: u64) -> *mut bindings::page {
+    Page::online(pfn).map_or(core::ptr::null_mut(), Page::as_ptr)
 }
 
 /// Physically contiguous pages, `2^order` of them, that are given back when this is dropped.
@@ -79,7 +87,19 @@ impl Pages {
     }
 
     fn ptr(&self, index: u64) -> *mut bindings::page {
-        self.page(index).map_or(core::ptr::null_mut(), Page::as_ptr)
+        page_ptr(self.phys(index) >> PAGE_SHIFT)
+    }
+
+    /// Preserves `count` pages from `index` on.
+    fn preserve(&self, index: u64, count: usize) -> c_int {
+        // SAFETY: The pages are ours.
+        unsafe { crate::kho_preserve_pages(self.ptr(index), count) }
+    }
+
+    /// Undoes that.
+    fn unpreserve(&self, index: u64, count: usize) {
+        // SAFETY: The pages are ours.
+        unsafe { crate::kho_unpreserve_pages(self.ptr(index), count) };
     }
 
     /// Makes a block what takeover leaves of it.
@@ -113,6 +133,70 @@ impl Drop for Pages {
                 }
             }
         }
+    }
+}
+
+/// An area of `vmalloc()`, which is freed when this is dropped.
+struct Area(*mut c_void);
+
+impl Area {
+    fn new(pages: usize) -> Result<Self> {
+        // SAFETY: Takes any size.
+        Self::at(unsafe { bindings::kho_kunit_vmalloc(pages * bindings::PAGE_SIZE) })
+    }
+
+    /// Returns the area at `ptr`, unless that is null.
+    fn at(ptr: *mut c_void) -> Result<Self> {
+        (!ptr.is_null()).then(|| Self(ptr)).ok_or(ENOMEM)
+    }
+
+    fn vm(&self) -> &bindings::vm_struct {
+        // SAFETY: There is an area.
+        unsafe { &*bindings::find_vm_area(self.0) }
+    }
+
+    /// Returns how many pages are mapped as one.
+    fn step(&self) -> usize {
+        // SAFETY: There is an area.
+        1 << unsafe { bindings::get_vm_area_page_order(bindings::find_vm_area(self.0)) }
+    }
+
+    /// Returns where the pointer to page `index` is.
+    fn page(&self, index: usize) -> *mut *mut bindings::page {
+        self.vm().pages.wrapping_add(index)
+    }
+
+    /// Returns the first word of page `index`.
+    fn word(&self, index: usize) -> u64 {
+        let page = self.0.wrapping_byte_add(index * bindings::PAGE_SIZE);
+        // SAFETY: The area has that page.
+        unsafe { page.cast::<u64>().read() }
+    }
+
+    fn preserve(&self, preservation: *mut bindings::kho_vmalloc) -> c_int {
+        // SAFETY: The record is the test's.
+        unsafe { crate::kho_preserve_vmalloc(self.0, preservation) }
+    }
+
+    /// Tries all pages one by one: [`Ok`] if none is preserved.
+    fn none_preserved(&self) -> Result {
+        let step = self.step();
+        for index in (0..self.vm().nr_pages as usize).step_by(step) {
+            // SAFETY: The area has these pages.
+            unsafe {
+                let page = self.page(index).read();
+                to_result(crate::kho_preserve_pages(page, step))?;
+                crate::kho_unpreserve_pages(page, step);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Area {
+    fn drop(&mut self) {
+        // SAFETY: The area is ours.
+        unsafe { bindings::vfree(self.0) };
     }
 }
 
@@ -193,6 +277,16 @@ mod radix {
         0
     }
 
+    /// Returns what it takes to have the keys of a tree shown.
+    fn keys(
+        leaf: unsafe extern "C" fn(usize, *mut c_void) -> c_int,
+    ) -> bindings::kho_radix_walk_cb {
+        bindings::kho_radix_walk_cb {
+            leaf: Some(leaf),
+            node: None,
+        }
+    }
+
     /// Returns whether the page at `phys` is all zeroes.
     fn is_zero(phys: u64) -> bool {
         let words = kho_mm::virt::<u64>(phys);
@@ -262,7 +356,6 @@ mod radix {
     #[test]
     fn c_api() -> Result {
         let mut c = bindings::kho_radix_tree::default();
-        let walk = |leaf| bindings::kho_radix_walk_cb { leaf, node: None };
         let mut sum = 0u64;
         // SAFETY: The tree is initialised first and destroyed last.
         unsafe {
@@ -276,15 +369,9 @@ mod radix {
             assert_eq!(crate::kho_radix_add_key(tree, 2), 0);
             assert_eq!(crate::kho_radix_add_key(tree, 1 << 53), ERANGE.to_errno());
             crate::kho_radix_del_key(tree, 3);
-            assert_eq!(
-                crate::kho_radix_walk_tree(tree, &walk(Some(sum_leaf)), data),
-                0
-            );
+            assert_eq!(crate::kho_radix_walk_tree(tree, &keys(sum_leaf), data), 0);
             assert_eq!(sum, 1 + 2 + 1000 + (1 << 40));
-            assert_eq!(
-                crate::kho_radix_walk_tree(tree, &walk(Some(stop_leaf)), data),
-                -7
-            );
+            assert_eq!(crate::kho_radix_walk_tree(tree, &keys(stop_leaf), data), -7);
             crate::kho_radix_destroy_tree(tree);
             assert!((*tree).root.is_null());
         }
@@ -328,12 +415,8 @@ mod radix {
                 assert!(is_zero(*phys));
                 kho_mm::free_page(*phys);
             }
-            let walk = bindings::kho_radix_walk_cb {
-                leaf: Some(sum_leaf),
-                node: None,
-            };
             let data = (&raw mut sum).cast();
-            assert_eq!(crate::kho_radix_walk_tree(tree, &walk, data), 0);
+            assert_eq!(crate::kho_radix_walk_tree(tree, &keys(sum_leaf), data), 0);
             assert_eq!(sum, 6);
             crate::kho_radix_destroy_tree(tree);
             root.free = false;
@@ -395,38 +478,25 @@ mod pages {
     #[test]
     fn double_preservation_is_noticed() -> Result {
         let pages = Pages::new(2)?;
-        // SAFETY: The pages are ours.
-        unsafe {
-            let page = pages.ptr(0);
-            assert_eq!(crate::kho_preserve_pages(page, 4), expect(Ok(())));
-            assert_eq!(crate::kho_preserve_pages(page, 4), expect(Err(EEXIST)));
-            crate::kho_unpreserve_pages(page, 4);
-            assert_eq!(crate::kho_preserve_pages(page, 4), expect(Ok(())));
-            crate::kho_unpreserve_pages(page, 4);
-        }
+        assert_eq!(pages.preserve(0, 4), expect(Ok(())));
+        assert_eq!(pages.preserve(0, 4), expect(Err(EEXIST)));
+        pages.unpreserve(0, 4);
+        assert_eq!(pages.preserve(0, 4), expect(Ok(())));
+        pages.unpreserve(0, 4);
         Ok(())
     }
 
     #[test]
     fn failed_preservation_leaves_nothing() -> Result {
         let pages = Pages::new(3)?;
-        // SAFETY: The pages are ours.
-        unsafe {
-            // Pages 1 to 6 are cut into 1, 2-3, 4-5, 6; the third cut is taken.
-            assert_eq!(crate::kho_preserve_pages(pages.ptr(4), 2), expect(Ok(())));
-            assert_eq!(
-                crate::kho_preserve_pages(pages.ptr(1), 6),
-                expect(Err(EEXIST))
-            );
-            // What came before it is free again, and it is not.
-            assert_eq!(crate::kho_preserve_pages(pages.ptr(1), 3), expect(Ok(())));
-            assert_eq!(
-                crate::kho_preserve_pages(pages.ptr(4), 2),
-                expect(Err(EEXIST))
-            );
-            crate::kho_unpreserve_pages(pages.ptr(1), 3);
-            crate::kho_unpreserve_pages(pages.ptr(4), 2);
-        }
+        // Pages 1 to 6 are cut into 1, 2-3, 4-5, 6; the third cut is taken.
+        assert_eq!(pages.preserve(4, 2), expect(Ok(())));
+        assert_eq!(pages.preserve(1, 6), expect(Err(EEXIST)));
+        // What came before it is free again, and it is not.
+        assert_eq!(pages.preserve(1, 3), expect(Ok(())));
+        assert_eq!(pages.preserve(4, 2), expect(Err(EEXIST)));
+        pages.unpreserve(1, 3);
+        pages.unpreserve(4, 2);
         Ok(())
     }
 
@@ -436,33 +506,28 @@ mod pages {
             return Ok(());
         }
         assert!(!kho_place::scratch().is_empty());
-        let pages = 1u64 << PAGE_SHIFT;
-        for area in kho_place::scratch().iter().filter(|area| area.size > 0) {
+        let page = 1u64 << PAGE_SHIFT;
+        for (start, end) in kho_place::areas() {
             // Steps that meet all parts of the map, and the last page.
-            for step in 0..=area.size >> 20 {
-                let offset = (step << 20).min(area.size - pages);
-                let block = Pfn::from_phys(area.addr + offset)
-                    .and_then(|pfn| Block::new(pfn, Order::ZERO))
-                    .ok_or(EINVAL)?;
+            for step in 0..=(end - start) >> 20 {
+                let phys = (start + (step << 20)).min(end - page);
+                let block = Block::at(phys, Order::ZERO).ok_or(EINVAL)?;
                 assert!(kho_place::may_be_refused(block));
-                assert!(kho_place::in_scratch(area.addr + offset, pages));
+                assert!(kho_place::in_scratch(phys, page));
                 // A larger block that starts in memory before the area, or in it.
                 let large = block.enclosing(Order::new(15).ok_or(EINVAL)?);
                 assert!(kho_place::may_be_refused(large));
             }
             // SAFETY: Always safe to call.
-            assert!(unsafe { crate::kho_scratch_overlap(area.addr, 1) });
+            assert!(unsafe { crate::kho_scratch_overlap(start, 1) });
         }
         // Most of memory is told from scratch at once: these pages, if any.
         // SAFETY: A number that does not change any more.
         let frames = unsafe { bindings::max_pfn } as u64;
-        let blocks = (0..64u64).filter_map(|n| Block::new(Pfn::new(frames * n / 64)?, Order::ZERO));
-        assert!(
-            blocks
-                .filter(|block| !kho_place::may_be_refused(*block))
-                .count()
-                > 16
-        );
+        let blocks =
+            (0..64).filter_map(|n| Block::at((frames * n / 64) << PAGE_SHIFT, Order::ZERO));
+        let other = blocks.filter(|block| !kho_place::may_be_refused(*block));
+        assert!(other.count() > 16);
         Ok(())
     }
 
@@ -471,9 +536,8 @@ mod pages {
 
     impl ScratchPage {
         fn new() -> Option<Self> {
-            kho_place::scratch()
-                .iter()
-                .flat_map(|area| (0..area.size >> 21).map(|n| area.addr + (n << 21)))
+            kho_place::areas()
+                .flat_map(|(start, end)| (start..end).step_by(2 << 20))
                 .map(|phys| phys >> PAGE_SHIFT)
                 // SAFETY: Takes any page that has a struct page, and may fail.
                 .find(|pfn| unsafe { bindings::kho_kunit_take_page(*pfn as usize) })
@@ -485,7 +549,7 @@ mod pages {
         }
 
         fn ptr(&self) -> *mut bindings::page {
-            Page::online(self.0).map_or(core::ptr::null_mut(), Page::as_ptr)
+            page_ptr(self.0)
         }
     }
 
@@ -504,6 +568,7 @@ mod pages {
         let page = ScratchPage::new().ok_or(EBUSY)?;
         let size = bindings::PAGE_SIZE;
         let einval = EINVAL.to_errno();
+        let area = Area::new(4)?;
         let mut preservation = bindings::kho_vmalloc::default();
         // SAFETY: The page is ours, and so is the area; the name ends with a NUL.
         unsafe {
@@ -513,25 +578,13 @@ mod pages {
             // Pages that end in scratch; none of them stays preserved.
             assert_eq!(crate::kho_preserve_pages(page.ptr(), 5), einval);
             assert_eq!(crate::kho_preserve_phys(page.phys(), size), einval);
-            assert_eq!(
-                crate::kho_add_subtree(
-                    c"kunit-scratch".as_char_ptr(),
-                    kho_mm::virt(page.phys()),
-                    1
-                ),
-                einval
-            );
-            crate::kho_remove_subtree(kho_mm::virt(page.phys()));
+            let (name, blob) = (c"kunit-scratch".as_char_ptr(), kho_mm::virt(page.phys()));
+            assert_eq!(crate::kho_add_subtree(name, blob, 1), einval);
+            crate::kho_remove_subtree(blob);
 
-            let area = bindings::kho_kunit_vmalloc(4 * size);
-            if area.is_null() {
-                return Err(ENOMEM);
-            }
-            let third = (*bindings::find_vm_area(area)).pages.add(2);
-            let own = third.replace(page.ptr());
-            let result = crate::kho_preserve_vmalloc(area, &mut preservation);
-            third.write(own);
-            bindings::vfree(area);
+            let own = area.page(2).replace(page.ptr());
+            let result = area.preserve(&mut preservation);
+            area.page(2).write(own);
             assert_eq!(result, einval);
         }
         Ok(())
@@ -540,18 +593,14 @@ mod pages {
     #[test]
     fn memory_that_came_back_is_preserved() -> Result {
         let pages = Pages::new(1)?;
-        let block = Pfn::from_phys(pages.phys)
-            .and_then(|pfn| Block::new(pfn, Order::ZERO))
-            .ok_or(EINVAL)?;
-        // SAFETY: Always safe to call; the pages are ours.
-        unsafe {
-            // It was there at boot, wherever it has been meanwhile.
-            crate::kho_rs_plug((pages.phys >> PAGE_SHIFT) as usize, 1);
-            assert!(kho_place::may_be_refused(block));
-            assert_eq!(crate::kho_preserve_pages(pages.ptr(0), 1), expect(Ok(())));
-            crate::kho_unpreserve_pages(pages.ptr(0), 1);
-            assert_eq!(crate::kho_preserve_pages(pages.ptr(0), 2), expect(Ok(())));
-            crate::kho_unpreserve_pages(pages.ptr(0), 2);
+        // It was there at boot, wherever it has been meanwhile.
+        // SAFETY: Always safe to call.
+        unsafe { crate::kho_rs_plug((pages.phys >> PAGE_SHIFT) as usize, 1) };
+        let block = Block::at(pages.phys, Order::ZERO).ok_or(EINVAL)?;
+        assert!(kho_place::may_be_refused(block));
+        for count in 1..=2 {
+            assert_eq!(pages.preserve(0, count), expect(Ok(())));
+            pages.unpreserve(0, count);
         }
         Ok(())
     }
@@ -562,57 +611,46 @@ mod pages {
         let phys = pages.phys;
         let size = bindings::PAGE_SIZE;
         let einval = EINVAL.to_errno();
-        // SAFETY: Always safe to call; the pages are ours.
-        unsafe {
-            assert_eq!(crate::kho_preserve_phys(phys + 1, size), einval);
-            assert_eq!(crate::kho_preserve_phys(phys, size - 1), einval);
-            assert_eq!(crate::kho_preserve_phys(phys, size + 1), einval);
-            assert_eq!(crate::kho_preserve_phys(phys, 0), einval);
-            assert_eq!(
-                crate::kho_preserve_phys(0u64.wrapping_sub(size as u64), 2 * size),
-                einval
-            );
-            // No RAM is there.
-            assert_eq!(crate::kho_preserve_phys(1 << 51, size), einval);
-            // The last page of RAM, and one that is none; with mem= nothing at all is there.
-            let end = (bindings::max_pfn * size) as u64;
-            assert_eq!(
-                crate::kho_preserve_phys(end - size as u64, 2 * size),
-                einval
-            );
-            // The next kernel's trampoline goes there.
-            if cfg!(CONFIG_X86) {
-                assert_eq!(crate::kho_preserve_phys(0x1_0000, size), einval);
-            }
-            assert_eq!(crate::kho_preserve_phys(phys, 2 * size), expect(Ok(())));
-            assert_eq!(
-                crate::kho_preserve_phys(phys, 2 * size),
-                expect(Err(EEXIST))
-            );
-            crate::kho_unpreserve_pages(pages.ptr(0), 2);
+        // SAFETY: Always safe to call; of RAM only the pages are preserved, which are ours.
+        let preserve = |phys, size| unsafe { crate::kho_preserve_phys(phys, size) };
+        assert_eq!(preserve(phys + 1, size), einval);
+        assert_eq!(preserve(phys, size - 1), einval);
+        assert_eq!(preserve(phys, size + 1), einval);
+        assert_eq!(preserve(phys, 0), einval);
+        assert_eq!(preserve(0u64.wrapping_sub(size as u64), 2 * size), einval);
+        // No RAM is there.
+        assert_eq!(preserve(1 << 51, size), einval);
+        // The last page of RAM, and one that is none; with mem= nothing at all is there.
+        // SAFETY: A number that does not change any more.
+        let end = unsafe { bindings::max_pfn * size } as u64;
+        assert_eq!(preserve(end - size as u64, 2 * size), einval);
+        // The next kernel's trampoline goes there.
+        if cfg!(CONFIG_X86) {
+            assert_eq!(preserve(0x1_0000, size), einval);
         }
+        assert_eq!(preserve(phys, 2 * size), expect(Ok(())));
+        assert_eq!(preserve(phys, 2 * size), expect(Err(EEXIST)));
+        pages.unpreserve(0, 2);
         Ok(())
     }
 
     #[test]
     fn alloc_preserve_checks_its_size() -> Result {
         // SAFETY: Always safe to call.
-        unsafe {
-            let error = |size| {
-                kernel::error::from_err_ptr(crate::kho_alloc_preserve(size))
-                    .map_err(|e| e.to_errno())
-            };
-            assert!(error(0) == Err(EINVAL.to_errno()));
-            assert!(error(bindings::PAGE_SIZE << 20) == Err(E2BIG.to_errno()));
-            match kernel::error::from_err_ptr(crate::kho_alloc_preserve(3 * bindings::PAGE_SIZE)) {
-                Ok(mem) => {
-                    assert!(kho_state::is_enabled());
+        let alloc = |size| from_err_ptr(unsafe { crate::kho_alloc_preserve(size) });
+        assert!(alloc(0) == Err(EINVAL));
+        assert!(alloc(bindings::PAGE_SIZE << 20) == Err(E2BIG));
+        match alloc(3 * bindings::PAGE_SIZE) {
+            Ok(mem) => {
+                assert!(kho_state::is_enabled());
+                // SAFETY: It is a folio, which is ours.
+                unsafe {
                     let folio = bindings::kho_glue_folio(bindings::kho_glue_virt_to_folio(mem));
                     assert_eq!(folio.order, 2);
                     crate::kho_unpreserve_free(mem);
                 }
-                Err(error) => assert_eq!(error.to_errno(), expect(Ok(()))),
             }
+            Err(error) => assert_eq!(error.to_errno(), expect(Ok(()))),
         }
         Ok(())
     }
@@ -684,57 +722,30 @@ mod pages {
 #[kunit_tests(rust_kho_vmalloc)]
 mod vmalloc {
     use super::*;
-    use kernel::error::to_result;
-
-    /// Tries all pages of an area one by one: [`Ok`] if none is preserved.
-    ///
-    /// # Safety
-    ///
-    /// `area` must be an area of `count` pages.
-    unsafe fn none_preserved(area: *mut c_void, count: usize, step: usize) -> Result {
-        for index in (0..count).step_by(step) {
-            // SAFETY: By the caller's contract.
-            unsafe {
-                let page = *(*bindings::find_vm_area(area)).pages.add(index);
-                to_result(crate::kho_preserve_pages(page, step))?;
-                crate::kho_unpreserve_pages(page, step);
-            }
-        }
-        Ok(())
-    }
 
     #[test]
     fn failed_preservation_leaves_nothing() -> Result {
-        let size = bindings::PAGE_SIZE;
-        let huge = size << 9;
-        // SAFETY: The areas are ours.
-        unsafe {
-            for (area, pages) in [
-                (bindings::kho_kunit_vmalloc(4 * size), 4),
-                (bindings::kho_kunit_vmalloc_huge(2 * huge), 1024),
-            ] {
-                if area.is_null() {
-                    return Err(ENOMEM);
-                }
-                let vm = bindings::find_vm_area(area);
-                let step = 1usize << bindings::get_vm_area_page_order(vm);
-                let last = *(*vm).pages.add(pages - step);
-                let mut preservation = bindings::kho_vmalloc::default();
+        // SAFETY: Takes any size.
+        let huge = unsafe { bindings::kho_kunit_vmalloc_huge(1024 * bindings::PAGE_SIZE) };
+        for area in [Area::new(4)?, Area::at(huge)?] {
+            let mut preservation = bindings::kho_vmalloc::default();
+            let result = area.preserve(&mut preservation);
+            assert_eq!(result, expect(Ok(())));
+            if result != 0 {
+                continue;
+            }
+            // SAFETY: The area is ours, and so is the record of it.
+            unsafe {
+                crate::kho_unpreserve_vmalloc(&mut preservation);
+                assert!(area.none_preserved().is_ok());
 
-                let result = crate::kho_preserve_vmalloc(area, &mut preservation);
-                assert_eq!(result, expect(Ok(())));
-                if result == 0 {
-                    crate::kho_unpreserve_vmalloc(&mut preservation);
-                    assert!(none_preserved(area, pages, step).is_ok());
-
-                    // The last pages cannot be preserved: somebody else has.
-                    assert_eq!(crate::kho_preserve_pages(last, step), 0);
-                    let result = crate::kho_preserve_vmalloc(area, &mut preservation);
-                    assert_eq!(result, EEXIST.to_errno());
-                    crate::kho_unpreserve_pages(last, step);
-                    assert!(none_preserved(area, pages, step).is_ok());
-                }
-                bindings::vfree(area);
+                // The last pages cannot be preserved: somebody else has.
+                let step = area.step();
+                let last = area.page(area.vm().nr_pages as usize - step).read();
+                assert_eq!(crate::kho_preserve_pages(last, step), 0);
+                assert_eq!(area.preserve(&mut preservation), EEXIST.to_errno());
+                crate::kho_unpreserve_pages(last, step);
+                assert!(area.none_preserved().is_ok());
             }
         }
         Ok(())
@@ -760,26 +771,22 @@ mod vmalloc {
             (ENTRIES + 1, 2),
             (2 * ENTRIES + 7, 3),
         ] {
+            let area = Area::new(count)?;
             let mut place = Unaligned([0x55; 24]);
             let preservation = place.ptr();
-            // SAFETY: The area is ours, and the list is one that was just made.
-            unsafe {
-                let area = bindings::kho_kunit_vmalloc(count * bindings::PAGE_SIZE);
-                if area.is_null() {
-                    return Err(ENOMEM);
-                }
-                let result = crate::kho_preserve_vmalloc(area, preservation);
-                assert_eq!(result, expect(Ok(())));
-                if result == 0 {
+            let result = area.preserve(preservation);
+            assert_eq!(result, expect(Ok(())));
+            if result == 0 {
+                // SAFETY: The area is ours, and the list is one that was just made.
+                unsafe {
                     let found = preservation.read_unaligned();
                     assert_eq!(found.total_pages as usize, count);
-                    let pages = (*bindings::find_vm_area(area)).pages;
                     let (mut next, mut met, mut listed) = (found.first.phys, 0, 0);
                     while next != 0 {
                         let chunk = kho_mm::virt::<bindings::kho_vmalloc_chunk>(next);
                         met += 1;
                         for phys in (*chunk).phys.iter().filter(|phys| **phys != 0) {
-                            let page = *pages.add(listed);
+                            let page = area.page(listed).read();
                             let frames = kho_mm::page_frames(page, 1).ok_or(EINVAL)?;
                             assert_eq!(frames.phys(), *phys);
                             listed += 1;
@@ -789,14 +796,22 @@ mod vmalloc {
                     assert_eq!(met, chunks);
                     assert_eq!(listed, count);
                     crate::kho_unpreserve_vmalloc(preservation);
-                    assert!(none_preserved(area, count, 1).is_ok());
+                    assert!(area.none_preserved().is_ok());
                 }
-                bindings::vfree(area);
             }
             // Nothing around it was written.
             assert!(place.0[..4] == [0x55; 4] && place.0[20..] == [0x55; 4]);
         }
         Ok(())
+    }
+
+    /// Describes an area of `pages` pages, whose first chunk is at `first`.
+    fn record(first: u64, pages: u32) -> bindings::kho_vmalloc {
+        let mut record = bindings::kho_vmalloc::default();
+        record.first.phys = first;
+        record.flags = 1;
+        record.total_pages = pages;
+        record
     }
 
     #[test]
@@ -830,11 +845,7 @@ mod vmalloc {
                 kho_mm::virt::<u64>(page.phys).write(n as u64);
                 page.mark(0, 0)?;
             }
-            let mut value = bindings::kho_vmalloc::default();
-            value.first.phys = next;
-            value.flags = 1;
-            value.total_pages = COUNT as u32;
-            preservation.write_unaligned(value);
+            preservation.write_unaligned(record(next, COUNT as u32));
 
             // A page of the last chunk is missing, then the last chunk itself.
             for missing in [&pages[COUNT - 1], &chunks[2]] {
@@ -846,16 +857,13 @@ mod vmalloc {
                 );
             }
 
-            let area = crate::kho_restore_vmalloc(preservation);
-            assert!(!area.is_null());
+            let area = Area::at(crate::kho_restore_vmalloc(preservation))?;
             for page in Iterator::chain(chunks.iter_mut(), pages.iter_mut()) {
                 page.free = false;
             }
             for n in 0..COUNT {
-                let at = area.cast::<u8>().add(n * bindings::PAGE_SIZE);
-                assert_eq!(at.cast::<u64>().read(), n as u64);
+                assert_eq!(area.word(n), n as u64);
             }
-            bindings::vfree(area);
         }
         Ok(())
     }
@@ -882,45 +890,35 @@ mod vmalloc {
                 (*chunk).phys[index as usize - 1] = pages.phys(index);
                 kho_mm::virt::<u64>(pages.phys(index)).write(index);
             }
-            let mut preservation = bindings::kho_vmalloc::default();
-            preservation.first.phys = pages.phys;
-            preservation.flags = 1;
-            preservation.total_pages = 3;
+            let whole = record(pages.phys, 3);
+            let restore = |record| crate::kho_restore_vmalloc(&record);
 
             // The last page is missing.
             for index in 0..3 {
                 pages.mark(index, 0)?;
             }
-            assert!(crate::kho_restore_vmalloc(&preservation).is_null());
+            assert!(restore(whole).is_null());
             pages.mark(3, 0)?;
             // There are more or fewer than said.
-            preservation.total_pages = 4;
-            assert!(crate::kho_restore_vmalloc(&preservation).is_null());
-            preservation.total_pages = 2;
-            assert!(crate::kho_restore_vmalloc(&preservation).is_null());
-            preservation.total_pages = 3;
+            assert!(restore(record(pages.phys, 4)).is_null());
+            assert!(restore(record(pages.phys, 2)).is_null());
             // The list never ends.
             (*chunk).hdr.next.phys = pages.phys;
-            assert!(crate::kho_restore_vmalloc(&preservation).is_null());
+            assert!(restore(whole).is_null());
             (*chunk).hdr.next.phys = 0;
             // The order is none.
-            preservation.order = 60;
-            assert!(crate::kho_restore_vmalloc(&preservation).is_null());
-            preservation.order = 0;
+            assert!(restore(bindings::kho_vmalloc { order: 60, ..whole }).is_null());
             // After all that, nothing is lost.
             for index in 0..4 {
                 assert!(pages.is_marked(index, 0));
             }
 
-            let area = crate::kho_restore_vmalloc(&preservation);
-            assert!(!area.is_null());
+            let area = Area::at(restore(whole))?;
             pages.free = false;
-            for index in 0..3u64 {
-                let at = area.cast::<u8>().add(index as usize * bindings::PAGE_SIZE);
-                assert_eq!(at.cast::<u64>().read(), index + 1);
+            for index in 0..3 {
+                assert_eq!(area.word(index), index as u64 + 1);
             }
-            assert!(crate::kho_restore_vmalloc(&preservation).is_null());
-            bindings::vfree(area);
+            assert!(restore(whole).is_null());
         }
         Ok(())
     }
@@ -938,43 +936,43 @@ mod subtree {
         name
     }
 
+    fn add(index: usize, blob: *mut c_void, size: usize) -> c_int {
+        // SAFETY: The name ends with a NUL.
+        unsafe { crate::kho_add_subtree(name(index).as_ptr(), blob, size) }
+    }
+
+    fn remove(blob: *mut c_void) {
+        // SAFETY: Always safe to call.
+        unsafe { crate::kho_remove_subtree(blob) };
+    }
+
     #[test]
     fn full_fdt_stays_whole() -> Result {
         let pages = Pages::new(0)?;
         let blob = kho_mm::virt::<c_void>(pages.phys);
+        let at = |index| blob.wrapping_byte_add(index);
         // Each subtree takes about 80 of the page's 4096 bytes.
         let mut added = 0;
-        // SAFETY: The names end with a NUL; each blob is an address in the page.
-        unsafe {
-            let result = loop {
-                let at = blob.cast::<u8>().add(added).cast();
-                let result = crate::kho_add_subtree(name(added).as_ptr(), at, 1);
-                if result != 0 || added > 500 {
-                    break result;
-                }
-                added += 1;
-            };
-            assert_eq!(result, expect(Err(ENOMEM)));
-            assert!(added > 10 || !kho_state::is_enabled());
-            // The one that did not fit left nothing behind, and the others are still known.
-            let result = crate::kho_add_subtree(name(0).as_ptr(), blob, 1);
-            let full = result == ENOMEM.to_errno();
-            assert!(full || result == expect(Err(EEXIST)));
-            for index in 0..added {
-                crate::kho_remove_subtree(blob.cast::<u8>().add(index).cast());
+        let result = loop {
+            let result = add(added, at(added), 1);
+            if result != 0 || added > 500 {
+                break result;
             }
-            assert_eq!(
-                crate::kho_add_subtree(name(0).as_ptr(), blob, 1),
-                expect(Ok(()))
-            );
-            assert_eq!(
-                crate::kho_add_subtree(name(0).as_ptr(), blob, 1),
-                expect(Err(EEXIST))
-            );
-            crate::kho_remove_subtree(blob);
-            // Once more, and never there: nothing happens.
-            crate::kho_remove_subtree(blob);
+            added += 1;
+        };
+        assert_eq!(result, expect(Err(ENOMEM)));
+        assert!(added > 10 || !kho_state::is_enabled());
+        // The one that did not fit left nothing behind, and the others are still known.
+        let result = add(0, blob, 1);
+        assert!(result == ENOMEM.to_errno() || result == expect(Err(EEXIST)));
+        for index in 0..added {
+            remove(at(index));
         }
+        assert_eq!(add(0, blob, 1), expect(Ok(())));
+        assert_eq!(add(0, blob, 1), expect(Err(EEXIST)));
+        remove(blob);
+        // Once more, and never there: nothing happens.
+        remove(blob);
         Ok(())
     }
 
@@ -983,39 +981,32 @@ mod subtree {
         let pages = Pages::new(0)?;
         let blob = kho_mm::virt::<c_void>(pages.phys);
         let size = bindings::PAGE_SIZE;
-        // SAFETY: The name ends with a NUL, and the area is ours.
-        unsafe {
-            let area = bindings::kho_kunit_vmalloc(size);
-            if area.is_null() {
-                return Err(ENOMEM);
-            }
-            // Beyond all RAM.
-            let end = kho_mm::virt::<c_void>((bindings::max_pfn * size) as u64);
-            for (blob, size) in [
-                (core::ptr::null_mut(), 1),
-                (core::ptr::null_mut(), 0),
-                // No memory at all, and none of the direct map.
-                (0x1000 as *mut c_void, 100),
-                (area, 100),
-                (area, 0),
-                // Nothing, or more than there is, or than there can be.
-                (blob, 0),
-                (blob, bindings::max_pfn * size),
-                (blob, usize::MAX),
-                (end, 1),
-                (end.byte_sub(size), size + 1),
-            ] {
-                let result = crate::kho_add_subtree(name(0).as_ptr(), blob, size);
-                assert_eq!(result, EINVAL.to_errno());
-                crate::kho_remove_subtree(blob);
-            }
-            bindings::vfree(area);
-            // Nothing of the name was left behind; a blob may be any part of its pages.
-            let blob = blob.byte_add(24);
-            let result = crate::kho_add_subtree(name(0).as_ptr(), blob, size - 24);
-            assert_eq!(result, expect(Ok(())));
-            crate::kho_remove_subtree(blob);
+        let area = Area::new(1)?;
+        // SAFETY: A number that does not change any more.
+        let ram = unsafe { bindings::max_pfn } * size;
+        // Beyond all RAM.
+        let end = kho_mm::virt::<c_void>(ram as u64);
+        for (blob, size) in [
+            (core::ptr::null_mut(), 1),
+            (core::ptr::null_mut(), 0),
+            // No memory at all, and none of the direct map.
+            (0x1000 as *mut c_void, 100),
+            (area.0, 100),
+            (area.0, 0),
+            // Nothing, or more than there is, or than there can be.
+            (blob, 0),
+            (blob, ram),
+            (blob, usize::MAX),
+            (end, 1),
+            (end.wrapping_byte_sub(size), size + 1),
+        ] {
+            assert_eq!(add(0, blob, size), EINVAL.to_errno());
+            remove(blob);
         }
+        // Nothing of the name was left behind; a blob may be any part of its pages.
+        let blob = blob.wrapping_byte_add(24);
+        assert_eq!(add(0, blob, size - 24), expect(Ok(())));
+        remove(blob);
         Ok(())
     }
 
