@@ -181,7 +181,7 @@ impl Area {
     /// Tries all pages one by one: [`Ok`] if none is preserved.
     fn none_preserved(&self) -> Result {
         let step = self.step();
-        for index in (0..self.vm().nr_pages as usize).step_by(step) {
+        for index in (0..self.vm().nr_pages).step_by(step) {
             // SAFETY: The area has these pages.
             unsafe {
                 let page = self.page(index).read();
@@ -741,7 +741,7 @@ mod vmalloc {
 
                 // The last pages cannot be preserved: somebody else has.
                 let step = area.step();
-                let last = area.page(area.vm().nr_pages as usize - step).read();
+                let last = area.page(area.vm().nr_pages - step).read();
                 assert_eq!(crate::kho_preserve_pages(last, step), 0);
                 assert_eq!(area.preserve(&mut preservation), EEXIST.to_errno());
                 crate::kho_unpreserve_pages(last, step);
