@@ -136,8 +136,7 @@ impl Iterator for Regions {
     #[link_section = ".init.text"]
     fn next(&mut self) -> Option<(u64, u64)> {
         let (mut start, mut size) = (0, 0);
-        // SAFETY: Both may be written; nobody allocates or releases a region while the kernel
-        // boots.
+        // SAFETY: Both may be written, and nobody releases a region before there are drivers.
         let found = unsafe { bindings::reserve_mem_region(self.next, &mut start, &mut size) };
         self.next = self.next.saturating_add(1);
         found.then_some((start, size))
