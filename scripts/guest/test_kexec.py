@@ -657,6 +657,8 @@ SCATTERED = {
 # one section's worth of pages of ZONE_DMA32.  On a second node that has the upper 512 MiB it goes
 # on, for one section.
 DEFERRED = (256 << 20) >> 12
+# As many of the frames, at least, are to be there; where the others are is up to the page allocator.
+LATE = 256
 # Nobody takes back the root FDT, the blobs of the subtrees and the like: 6 or 7 pages, with the C
 # implementation as well.
 UNCLAIMED = 10
@@ -677,15 +679,15 @@ def frames(guest, session=""):
     return [int(line) for line in (guest.share / session / "frames").read_text().split()]
 
 
-def expect_scattered(guest, run):
+def expect_scattered(guest, run, late=LATE):
     """The data was scattered, all of it came back, and until then nobody had it."""
     run.expect(2)
     guest.expect_files(run, 1, 2)
     run.expect_line(2, "KHO restore succeeded")
     figures = g.takeover(run, 2)
     expect(f"{figures['runs']} runs", figures["runs"] >= 2000)
-    late = sum(frame >= DEFERRED for frame in frames(guest))
-    expect(f"{late} frames in deferred memory", late >= 1000)
+    deferred = sum(frame >= DEFERRED for frame in frames(guest))
+    expect(f"{deferred} frames in deferred memory", deferred >= late)
     expect_waiting(run)
 
 
@@ -723,7 +725,7 @@ def test_scatter(log, note, machine):
             ACCOUNT + "account cold" + SCATTER + "next_kernel next",
             ACCOUNT + "account held\ncheck kho-guest waiting /mnt" + RETRIEVE + "account given"],
             **options)
-        expect_scattered(guest, done)
+        expect_scattered(guest, done, LATE if deferred != 0 else 0)
     late = done.said(2, "deferred pages initialised")
     expected = options.get("nodes", 1) if deferred is None else deferred
     expect(f"kernel 2 said: {late}", len(late) == expected)
