@@ -54,8 +54,6 @@ LONG = {
 # Only where it is configured: see scripts/matrix.
 RARE = {
     "memtest": ({"args": "memtest=1"}, "early_memtest: # of tests: 1"),
-    "corruption-check": ({"args": "memory_corruption_check=1 memory_corruption_check_size=2G"},
-                         r"Scanning \d+ areas for low memory corruption"),
     "kfence": ({"args": "kfence.sample_interval=1"}, "kfence: initialized"),
 }
 
