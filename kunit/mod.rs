@@ -62,9 +62,12 @@ impl Pages {
         if page.is_null() {
             return Err(ENOMEM);
         }
-        // As takeover leaves single pages: each has a reference.
+        // As takeover leaves single pages: each has a reference, and was allocated by nobody here.
         // SAFETY: The pages are ours, and not a folio.
-        unsafe { bindings::split_page(page, order) };
+        unsafe {
+            bindings::split_page(page, order);
+            bindings::kho_glue_clear_tags(page, 1 << order);
+        }
         // SAFETY: There is a page.
         let frames = unsafe { kho_mm::page_frames(page, 1) }.ok_or(EINVAL)?;
         Ok(Self {
@@ -157,8 +160,8 @@ impl Area {
 
     /// Returns how many pages are mapped as one.
     fn step(&self) -> usize {
-        // SAFETY: There is an area.
-        1 << unsafe { bindings::get_vm_area_page_order(bindings::find_vm_area(self.0)) }
+        // SAFETY: Only reads the area.
+        1 << unsafe { bindings::get_vm_area_page_order(core::ptr::from_ref(self.vm()).cast_mut()) }
     }
 
     /// Returns where the pointer to page `index` is.

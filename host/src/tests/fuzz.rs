@@ -332,8 +332,8 @@ fn tree(data: &[u8]) {
         read.node(&image, root, abi::DEPTH - 1, 0);
         let taken = merged(read.taken.iter().map(|(start, end)| (*start, *end)));
         assert_eq!((stats.refusal, stats.nodes), (read.refusal, read.nodes));
-        if let Some(Refusal::Node(phys) | Refusal::Reach(phys)) = read.refusal {
-            assert_eq!(stats.refusal.map(|refusal| refusal.what().1), Some(phys));
+        if let Some(refusal @ (Refusal::Node(phys) | Refusal::Reach(phys))) = stats.refusal {
+            assert_eq!(refusal.what().1, phys);
         }
         assert_eq!((stats.lost, stats.first_lost), (read.lost, read.first_lost));
         assert_eq!(stats.frames, taken.iter().map(|(start, end)| end - start).sum());
